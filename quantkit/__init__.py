@@ -1,0 +1,66 @@
+"""One checkpoint to many quantized formats, with one sweep over the model, in bounded memory.
+
+Names are imported when they are first used: ``import quantkit`` is cheap and does nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantkit.errors import QuantkitError
+    from quantkit.recipe.dump import dump as dump_recipe
+    from quantkit.recipe.load import load_recipe
+    from quantkit.recipe.rules import Rule
+    from quantkit.recipe.shorthand import parse_targets
+    from quantkit.recipe.spec import Calibration, Device, Eval, EvalText, Gates, Output, Recipe, Target
+    from quantkit.run.convert import convert
+    from quantkit.run.inspect import inspect
+    from quantkit.run.plan import plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Calibration",
+    "Device",
+    "Eval",
+    "EvalText",
+    "Gates",
+    "Output",
+    "QuantkitError",
+    "Recipe",
+    "Rule",
+    "Target",
+    "__version__",
+    "convert",
+    "dump_recipe",
+    "inspect",
+    "load_recipe",
+    "parse_targets",
+    "plan",
+]
+
+_SPEC = "quantkit.recipe.spec"
+_HOME = (
+    *((name, _SPEC, name) for name in ("Calibration", "Device", "Eval", "EvalText", "Gates")),
+    *((name, _SPEC, name) for name in ("Output", "Recipe", "Rule", "Target")),
+    ("QuantkitError", "quantkit.errors", "QuantkitError"),
+    ("convert", "quantkit.run.convert", "convert"),
+    ("dump_recipe", "quantkit.recipe.dump", "dump"),
+    ("inspect", "quantkit.run.inspect", "inspect"),
+    ("load_recipe", "quantkit.recipe.load", "load_recipe"),
+    ("parse_targets", "quantkit.recipe.shorthand", "parse_targets"),
+    ("plan", "quantkit.run.plan", "plan"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    for public, module, attribute in _HOME:
+        if public == name:
+            return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,104 @@
+"""``quantkit doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit import __version__, registry
+from quantkit.cli.help import Command
+from quantkit.cli.output import Output, common_options
+from quantkit.recipe.sizes import format_size
+from quantkit.run.table import Table
+
+_NEEDED = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PyYAML", "click", "rich")
+_OPTIONAL = (
+    (
+        "compressed-tensors",
+        "loads compressed-tensors results in transformers",
+        "quantkit[compressed-tensors]",
+    ),
+    ("gptqmodel", "loads GPTQ results in transformers", "quantkit[gptq]"),
+    ("datasets", "further calibration sets of the Hub", "datasets"),
+)
+
+
+@click.command("doctor", cls=Command, examples=("quantkit doctor", "quantkit doctor --json"))
+@common_options
+def command(**flags: Any) -> None:
+    """Report on this installation: versions, memory, devices, optional packages."""
+    output = Output.from_flags(flags)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    facts = {
+        "quantkit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _NEEDED},
+        "optional": {name: _version(name) for name, _, _ in _OPTIONAL},
+        "cpus": os.cpu_count(),
+        "memory_bytes": memory,
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "devices": _devices(),
+        "formats": list(registry.names("formats")),
+        "problems": _problems(),
+    }
+    output.result("doctor", [_table(facts)], facts)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    """CUDA devices; none when torch is missing or sees none."""
+    if _version("torch") is None:
+        return []
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        found.append(
+            {"device": f"cuda:{index}", "name": name, "memory_bytes": total, "memory_free_bytes": free}
+        )
+    return found
+
+
+def _problems() -> list[str]:
+    """What is missing or in the way, each with what to do."""
+    problems = [f"{name} is missing: pip install {name}" for name in _NEEDED if _version(name) is None]
+    if _version("llm-quantkit") is not None:
+        problems.append(
+            "the package llm-quantkit is installed and also has a module and a command `quantkit`: "
+            "pip uninstall llm-quantkit, then reinstall quantkit"
+        )
+    return problems
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    rows = [(name, facts[name]) for name in ("quantkit", "python", "platform")]
+    rows += [(name, version or "missing") for name, version in facts["packages"].items()]
+    for name, use, install in _OPTIONAL:
+        version = facts["optional"][name]
+        rows.append((name, version or f"not installed; {use}: pip install '{install}'"))
+    rows.append(("processors", str(facts["cpus"])))
+    rows.append(
+        ("memory", "unknown" if facts["memory_bytes"] is None else format_size(facts["memory_bytes"]))
+    )
+    rows.append(("disk, free here", format_size(facts["disk_free_bytes"])))
+    for device in facts["devices"]:
+        rows.append((device["device"], f"{device['name']}, {format_size(device['memory_bytes'])}"))
+    if not facts["devices"]:
+        rows.append(("GPU", "none that torch can use; everything works on the CPU"))
+    rows.append(("formats", ", ".join(facts["formats"])))
+    return Table("", ("", ""), tuple(rows), blockers=tuple(facts["problems"]))

@@ -1,0 +1,29 @@
+"""``quantkit inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.cli.help import Command
+from quantkit.cli.output import Output, common_options
+from quantkit.errors import SourceError
+
+
+@click.command(
+    "inspect", cls=Command, examples=("quantkit inspect out/gptq-w4g128", "quantkit inspect ./model --json")
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@common_options
+def command(folder: Path, **flags: Any) -> None:
+    """Show what a model FOLDER holds: architecture, dtypes, quantization."""
+    output = Output.from_flags(flags)
+    if not folder.exists():
+        raise SourceError(f"`{folder}` does not exist", remedy="give the folder of a model")
+
+    from quantkit.run.inspect import inspect
+
+    found = inspect(folder)
+    output.result("inspect", [found.table()], found.to_json(), [folder])

@@ -1,0 +1,191 @@
+"""`build_graph`: from headers and Transformers' own code to a `ModelGraph`, for any architecture.
+
+The blocks run on the meta device while products are watched (`observe.py`); the tiles of `names.py`
+say which checkpoint matrix each product used. Weights that met the same activation form a site.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import UnsupportedError
+from quantkit.model.graph import Block, ModelGraph, Part, Role, Site, Weight
+from quantkit.model.names import Layout, Tile, role_of
+from quantkit.model.skeleton import Skeleton, Use
+
+Shapes = Mapping[str, tuple[int, ...]]
+_Feed = tuple[int, int, str | None]  # activation, matrix of a batched product, producer
+
+
+def build_graph(checkpoint: Checkpoint) -> ModelGraph:
+    """The graph of `checkpoint`; no weights are read, except to compare two copies of a tied embedding.
+
+    SourceError when tensors and config do not fit each other, UnsupportedError when Transformers
+    does not know the model or it cannot be run block by block.
+    """
+    # fp32: casts inside the model are then no-ops and products of cast parameters stay visible.
+    return graph_of(Skeleton.open(checkpoint, torch.float32), checkpoint)
+
+
+def graph_of(skeleton: Skeleton, checkpoint: Checkpoint) -> ModelGraph:
+    """The graph of an opened skeleton."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    home = _homes(skeleton, shapes)
+    reasons: dict[str, str] = {}
+    blocks = []
+    for index, trace in enumerate(skeleton.traces):
+        names = [name for name, block in home.items() if block == index]
+        sites = _sites(_block_tiles(skeleton, index), trace.uses, shapes)
+        used = {weight.name for site in sites for weight in site.weights}
+        kept = tuple(name for name in names if name not in used)
+        reasons |= {name: _why_kept(name, shapes[name]) for name in kept if len(shapes[name]) > 1}
+        blocks.append(Block(index, sites, kept))
+    outer = _outer(skeleton, shapes)
+    outside = {weight.name for weight in outer}
+    copied = tuple(name for name, block in home.items() if block is None and name not in outside)
+    layout = skeleton.layout
+    return ModelGraph(tuple(blocks), outer, _tied(layout), copied, dict(layout.dropped), reasons)
+
+
+def _tied(layout: Layout) -> dict[str, str]:
+    tied = {name: layout.tiles[other][0].source for name, other in layout.tied.items()}
+    return {**tied, **layout.duplicates}
+
+
+def _homes(skeleton: Skeleton, shapes: Shapes) -> dict[str, int | None]:
+    """Checkpoint name → index of its block, or None outside, for all that is carried over, in file order."""
+    found: dict[str, set[int | None]] = {}
+    for target, tiles in skeleton.layout.tiles.items():
+        for tile in tiles:
+            found.setdefault(tile.source, set()).add(skeleton.block_of(target))
+    for name, blocks in found.items():
+        if len(blocks) > 1:
+            raise UnsupportedError(f"`{name}` holds weights of several blocks, which quantkit cannot split")
+    return {name: next(iter(found[name])) for name in shapes if name in found}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """The tiles of one parameter, ordered by their first element; shape is the parameter's."""
+
+    shape: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    begins: tuple[int, ...]
+
+    def overlapping(self, first: int, last: int) -> list[Tile]:
+        """Tiles that share elements with [first, last]; tiles never overlap one another."""
+        found = []
+        for place in range(bisect_right(self.begins, last) - 1, -1, -1):
+            tile = self.tiles[place]
+            if element(self.shape, [end - 1 for _, end in tile.put]) < first:
+                break
+            found.append(tile)
+        return found[::-1]
+
+
+def strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements."""
+    return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
+
+
+def element(shape: Sequence[int], place: Iterable[int]) -> int:
+    """Number of the element at `place` in a contiguous tensor."""
+    return sum(i * stride for i, stride in zip(place, strides(shape), strict=True))
+
+
+def _block_tiles(skeleton: Skeleton, index: int) -> dict[str, _Tiles]:
+    """Parameter name within the block → its tiles."""
+    made = {}
+    for name, parameter in skeleton.blocks[index].named_parameters():
+        shape = tuple(parameter.shape)
+        tiles = skeleton.layout.tiles[f"{skeleton.prefix}.{index}.{name}"]
+        begun = sorted(((element(shape, [b for b, _ in t.put]), t) for t in tiles), key=lambda item: item[0])
+        made[name] = _Tiles(shape, tuple(t for _, t in begun), tuple(b for b, _ in begun))
+    return made
+
+
+def _sites(block: Mapping[str, _Tiles], uses: Iterable[Use], shapes: Shapes) -> tuple[Site, ...]:
+    """Group the weights of a block by what fed them, in order of use.
+
+    The matrices of a batched product (experts) are fed apart even though one tensor holds all inputs.
+    """
+    weights: dict[str, Weight] = {}
+    fed: dict[str, set[_Feed]] = {}
+    for use in uses:
+        for weight in _weights(block[use.parameter], use, shapes):
+            weights.setdefault(weight.key, weight)
+            fed.setdefault(weight.key, set()).add((use.activation, use.index, use.producer))
+    groups: dict[frozenset[_Feed], list[Weight]] = {}
+    for key, weight in weights.items():
+        groups.setdefault(frozenset(fed[key]), []).append(weight)
+    sites = []
+    for feeds, group in groups.items():
+        usable = tuple(weight for weight in group if weight.role != "router")
+        if usable:
+            producer = _producer(feeds, block) if len(usable) == len(group) else None
+            sites.append(Site(_site_id(usable), usable, producer))
+    return tuple(sites)
+
+
+def _producer(feeds: frozenset[_Feed], block: Mapping[str, _Tiles]) -> str | None:
+    """Checkpoint name of the one vector that scaled what fed a site."""
+    names = {name for _, _, name in feeds}
+    name = next(iter(names))
+    return block[name].tiles[0].source if len(names) == 1 and name is not None else None
+
+
+def _weights(tiles: _Tiles, use: Use, shapes: Shapes) -> Iterator[Weight]:
+    steps = strides(tiles.shape)
+    for tile in tiles.overlapping(use.first, use.last):
+        disk = shapes[tile.source]
+        rows, columns = (steps[tile.axes.index(len(disk) - 2 + d)] for d in range(2))
+        if use.stride_in not in (rows, columns):
+            continue  # another view of the elements, not this matrix
+        expert = None
+        if len(disk) == 3:
+            axis = tile.axes.index(0)
+            along = use.first // steps[axis] % tiles.shape[axis]
+            expert = along - tile.put[axis][0] + tile.take[0][0]
+        transposed = use.stride_in != columns
+        part = Part(expert, transposed) if expert is not None or transposed else None
+        shape = (disk[-1], disk[-2]) if transposed else (disk[-2], disk[-1])
+        plain = Weight(tile.source, shape, part=part)
+        yield Weight(tile.source, shape, role_of(plain.module), part)
+
+
+def _site_id(weights: Sequence[Weight]) -> str:
+    """``model.layers.3.self_attn.q_proj+k_proj+v_proj``: the common path, then what differs."""
+    paths = [weight.module.split(".") for weight in weights]
+    if len(paths) == 1:
+        return ".".join(paths[0])
+    columns = zip(*(path[:-1] for path in paths), strict=False)  # paths may differ in depth
+    same = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)]
+    return ".".join([*same, "+".join(".".join(path[len(same) :]) for path in paths)])
+
+
+def _why_kept(name: str, shape: tuple[int, ...]) -> str:
+    module = name.removesuffix(".weight")
+    if role_of(module) == "router":
+        return "router"
+    if name.endswith("bias"):
+        return "bias"
+    if len(shape) > 2 and "conv" in module:
+        return "convolution kernel"
+    return "not a matrix product"
+
+
+def _outer(skeleton: Skeleton, shapes: Shapes) -> tuple[Weight, ...]:
+    """Embedding and head, as far as the checkpoint has them."""
+    found = []
+    roles: tuple[Role, Role] = ("embed", "head")
+    for role, name in zip(roles, skeleton.ends, strict=True):
+        for tile in skeleton.layout.tiles.get(name or "", ()):
+            rows, columns = shapes[tile.source]
+            found.append(Weight(tile.source, (rows, columns), role))
+    return tuple(found)

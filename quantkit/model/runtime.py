@@ -1,0 +1,380 @@
+"""`Runtime`: the real model, one decoder block in memory at a time.
+
+Transformers' own code computes everything: its forward, run over stubs, gives the hidden states that
+enter the first block, the arguments of every block, and the logits. Weights come straight from the
+checkpoint into place (`names.Tile`), so loading a block needs the block and one tensor more.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import Cache, PretrainedConfig
+
+from quantkit.checkpoint.reader import Checkpoint, first_nonfinite
+from quantkit.errors import NumericsError, UnsupportedError
+from quantkit.model.build import element
+from quantkit.model.graph import Block, ModelGraph, Weight
+from quantkit.model.names import Tile
+from quantkit.model.observe import Observer, Product
+from quantkit.model.skeleton import Call, Skeleton, restore_buffers
+
+Record = Callable[[str, Tensor], None]
+
+_KEPT_SHAPES = 4
+
+
+class Runtime:
+    """Runs the model of `checkpoint` block by block in `dtype` on `device`.
+
+    Nothing of the blocks is in memory until `load`; embedding and head come when they are used and
+    stay until released. The same rows in the same micro-batch give the same bits.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, graph: ModelGraph, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self.device = device
+        self.skeleton = Skeleton.open(checkpoint, dtype)
+        self.skeleton.use_eager_experts()
+        self._source = _Source(checkpoint, self.skeleton, device)
+        self._ends: dict[int, Tensor] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._checked = False
+        model = self.skeleton.model
+        small = (n for n, _ in _state(model) if n not in self.skeleton.ends)
+        for name, tensor in self._source.tensors(small).items():
+            _assign(model, name, tensor)
+        restore_buffers(model, model, device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(rows, length, hidden) states entering block 0, from (rows, length) token ids.
+
+        UnsupportedError when blocks are given more about the tokens than their hidden states.
+        """
+        self._open_end(0)
+        states: list[Tensor] = []
+        calls: list[Call] = []
+
+        def visit(index: int, hidden: Tensor, call: Call) -> Tensor:
+            if index == 0:
+                states.append(hidden)
+            calls.append(call)
+            return hidden
+
+        with torch.no_grad():
+            self.skeleton.forward(visit, head=False, input_ids=tokens.to(self.device, torch.int64))
+        if not self._checked:
+            _check_independent(calls, self._calls_for(*tokens.shape))
+            self._checked = True
+        return states[0]
+
+    def release_embed(self) -> None:
+        """Drop the embedding; the next `embed` reads it again."""
+        self._close_end(0)
+
+    def load(self, index: int) -> LoadedBlock:
+        """Block `index` with its weights; drop the result to free it.
+
+        NumericsError when a tensor holds NaN or infinity, naming the tensor and the place.
+        """
+        prefix = f"{self.skeleton.prefix}.{index}."
+        original = self.skeleton.blocks[index]
+        configs = {
+            id(v): v for m in original.modules() for v in vars(m).values() if isinstance(v, PretrainedConfig)
+        }
+        module = copy.deepcopy(original, configs)
+        for name, tensor in self._source.tensors(prefix + n for n, _ in _state(module)).items():
+            _assign(module, name.removeprefix(prefix), tensor)
+        restore_buffers(self.skeleton.owner(), module, self.device)
+        left = [n for n, t in _everything(module) if t.is_meta]
+        if left:
+            raise UnsupportedError(f"block {index} has tensors that no file fills: {left}")
+        return LoadedBlock(self, index, module)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, length, vocabulary) logits from the (rows, length, hidden) states after the last block."""
+        self._open_end(1)
+        last = len(self.skeleton.blocks) - 1
+
+        def visit(index: int, passing: Tensor, _call: Call) -> Tensor:
+            return hidden if index == last else passing
+
+        with torch.no_grad():
+            out = self.skeleton.forward(visit, head=True, inputs_embeds=self._zeros(*hidden.shape[:2]))
+        logits: Tensor = out.logits
+        return logits
+
+    def release_head(self) -> None:
+        """Drop the head; the next `logits` reads it again."""
+        self._close_end(1)
+
+    def _calls_for(self, rows: int, length: int) -> list[Call]:
+        """What the model passes to each block besides hidden states, for a micro-batch of this shape."""
+        if (rows, length) not in self._calls:
+            calls: list[Call] = []
+
+            def visit(_index: int, hidden: Tensor, call: Call) -> Tensor:
+                calls.append(call)
+                return hidden
+
+            with torch.no_grad():
+                self.skeleton.forward(visit, head=False, inputs_embeds=self._zeros(rows, length))
+            while len(self._calls) >= _KEPT_SHAPES:
+                del self._calls[next(iter(self._calls))]
+            self._calls[rows, length] = calls
+        return self._calls[rows, length]
+
+    def _zeros(self, rows: int, length: int) -> Tensor:
+        return torch.zeros(rows, length, self.skeleton.width, dtype=self.dtype, device=self.device)
+
+    def _open_end(self, end: int) -> None:
+        """Give the embedding (0) or the head (1) its weights; tied ones share them."""
+        name = self.skeleton.ends[end]
+        if name is None or end in self._ends:
+            return
+        other = self._ends.get(1 - end)
+        shared = other is not None and self._source.filled(name) == self._source.filled(
+            self.skeleton.ends[1 - end]
+        )
+        tensor = other if other is not None and shared else self._source.tensors([name])[name]
+        _assign(self.skeleton.model, name, tensor)
+        self._ends[end] = tensor
+
+    def _close_end(self, end: int) -> None:
+        name = self.skeleton.ends[end]
+        if name is not None and end in self._ends:
+            _assign(self.skeleton.model, name, self._ends.pop(end).to("meta"))
+
+
+class LoadedBlock:
+    """One decoder block with its weights. Made by `Runtime.load`; frees its memory when dropped."""
+
+    def __init__(self, runtime: Runtime, index: int, module: nn.Module) -> None:
+        self.index = index
+        self._runtime = runtime
+        self._module = module
+        self._prefix = f"{runtime.skeleton.prefix}.{index}."
+        self._values = dict(_everything(module))
+        self._weights = {weight.key: weight for weight in self.block.weights()}
+        self._tiles = runtime.skeleton.layout.by_source(self._prefix)
+        self._leads = self._find_leads()
+        self._stale: set[str] = set()
+        self._inside = False
+
+    @property
+    def block(self) -> Block:
+        """The block's part of the graph."""
+        return self._runtime.graph.blocks[self.index]
+
+    def run(self, hidden: Tensor, record: Record | None = None) -> Tensor:
+        """(rows, length, hidden) states after the block, from those before it.
+
+        `record` is called with every site's id and its (tokens, in) activations as they are used: once
+        per run for most sites; a site of an expert gets that expert's tokens, or no call without any.
+        """
+        if not self._inside:
+            self._restore()
+        call = self._runtime._calls_for(hidden.shape[0], hidden.shape[1])[self.index]
+        with torch.no_grad():
+            if record is None:
+                out = self._module(hidden, *call.args, **call.kwargs)
+            else:
+                with Observer(dict(self._module.named_parameters()), self._recorder(record)):
+                    out = self._module(hidden, *call.args, **call.kwargs)
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states
+
+    def weight(self, weight: Weight) -> Tensor:
+        """(out, in) values of `weight` in the runtime's dtype: a view where it lies in one piece.
+
+        Outside of `replaced` these are the checkpoint's values; do not write to them.
+        """
+        if not self._inside:
+            self._restore()
+        tiles = self._pieces(weight)
+        if len(tiles) == 1:
+            on_disk = self._region(tiles[0])
+        else:
+            rows, columns = weight.shape[::-1] if _transposed(weight) else weight.shape
+            on_disk = self._region(tiles[0]).new_empty(rows, columns)
+            for tile in tiles:
+                on_disk[_cut(tile)] = self._region(tile)
+        return on_disk.mT if _transposed(weight) else on_disk
+
+    @contextmanager
+    def replaced(self, new: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[LoadedBlock]:
+        """Run with other values: `Weight.key` → (out, in) tensor, taken one by one, written in place.
+
+        Afterwards the block has the checkpoint's values again. They are read back only when they are
+        next needed, so the last replacement of a block costs no reading. Does not nest.
+        """
+        if self._inside:
+            raise RuntimeError("replaced() does not nest")
+        written: list[str] = []
+        for key, value in new.items() if isinstance(new, Mapping) else new:
+            self._stale.add(key)
+            self._write(self._weights[key], value)
+            written.append(key)
+        self._restore(but=written)
+        self._inside = True
+        try:
+            yield self
+        finally:
+            self._inside = False
+
+    def _restore(self, but: Iterable[str] = ()) -> None:
+        """Put the checkpoint's values back where `replaced` wrote others, except in `but`."""
+        pieces: dict[str, list[Tile]] = {}
+        for key in sorted(self._stale.difference(but)):
+            pieces.setdefault(self._weights[key].name, []).extend(self._pieces(self._weights[key]))
+        for name, tiles in pieces.items():
+            tensor = self._runtime._source.read(name)
+            for tile in tiles:
+                tile.at_runtime(self._value(tile)).copy_(tile.on_disk(tensor))
+        self._stale.intersection_update(but)
+
+    def _write(self, weight: Weight, value: Tensor) -> None:
+        if tuple(value.shape) != weight.shape:
+            raise ValueError(f"`{weight.key}` has shape {weight.shape}, not {tuple(value.shape)}")
+        on_disk = value.mT if _transposed(weight) else value
+        for tile in self._pieces(weight):
+            self._region(tile).copy_(on_disk[_cut(tile)])
+
+    def _pieces(self, weight: Weight) -> list[Tile]:
+        return [tile.of(weight.part) for tile in self._tiles[weight.name]]
+
+    def _value(self, tile: Tile) -> Tensor:
+        return self._values[tile.target.removeprefix(self._prefix)]
+
+    def _region(self, tile: Tile) -> Tensor:
+        """(rows, columns) view of the tile in the parameter, as on disk."""
+        region = tile.at_runtime(self._value(tile))
+        return region.squeeze(0) if region.dim() == 3 else region
+
+    def _find_leads(self) -> dict[str, list[tuple[int, int, str]]]:
+        """Parameter → sorted (element, stride of in, site): a product over the element feeds the site.
+
+        One element per site, of its first weight, so that an activation is recorded once.
+        """
+        leads: dict[str, list[tuple[int, int, str]]] = {}
+        for site in self.block.sites:
+            weight = site.weights[0]
+            tile = self._pieces(weight)[0]
+            name = tile.target.removeprefix(self._prefix)
+            stride = self._region(tile).stride(0 if _transposed(weight) else 1)
+            begin = element(self._values[name].shape, [b for b, _ in tile.put])
+            leads.setdefault(name, []).append((begin, stride, site.id))
+        return {name: sorted(found) for name, found in leads.items()}
+
+    def _recorder(self, record: Record) -> Callable[[Product], None]:
+        def seen(product: Product) -> None:
+            leads = self._leads.get(product.parameter, [])
+            inside = bisect_left(leads, product.first, key=lambda lead: lead[0])
+            for begin, stride, site in itertools.islice(leads, inside, None):
+                if begin > product.last:
+                    break
+                if stride == product.stride_in:
+                    record(site, product.x.reshape(-1, product.x.shape[-1]))
+
+        return seen
+
+
+class _Source:
+    """Reads parameters of the skeleton from the checkpoint, in the dtype each has at run time."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._layout = skeleton.layout
+        self._device = device
+        self._dtypes = skeleton.dtypes
+
+    def filled(self, name: str | None) -> str | None:
+        """The runtime name whose tensors fill `name`: another one where storage is shared."""
+        return None if name is None else self._layout.tied.get(name, name)
+
+    def read(self, name: str) -> Tensor:
+        """A checkpoint tensor as stored; NumericsError when it holds NaN or infinity."""
+        tensor = self._checkpoint.read(name)
+        _check_finite(tensor, name, "")
+        return tensor
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Runtime tensors by name, filled one checkpoint tensor at a time."""
+        made: dict[str, Tensor] = {}
+        tiles: dict[str, list[tuple[Tile, Tensor]]] = {}
+        for name in names:
+            shape, dtype = self._dtypes[name]
+            made[name] = torch.empty(shape, dtype=dtype, device=self._device)
+            for tile in self._layout.tiles[self._layout.tied.get(name, name)]:
+                tiles.setdefault(tile.source, []).append((tile, made[name]))
+        for source, places in tiles.items():
+            tensor = self.read(source)
+            for tile, parameter in places:
+                region = tile.at_runtime(parameter)
+                region.copy_(tile.on_disk(tensor))
+                if parameter.dtype == torch.float16 and tensor.dtype != torch.float16:
+                    _check_finite(region, source, " in float16")
+        return made
+
+
+def _check_finite(tensor: Tensor, name: str, where: str) -> None:
+    place = first_nonfinite(tensor)
+    if place is not None:
+        raise NumericsError(
+            f"`{name}` is {tensor[place].item()}{where} at index {list(place)}",
+            remedy="choose bfloat16 or float32" if where else "the checkpoint is damaged; fetch it again",
+        )
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of `module`: parameters and persistent buffers."""
+    yield from module.state_dict(keep_vars=True).items()
+
+
+def _everything(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path)
+    is_parameter = leaf in dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def _transposed(weight: Weight) -> bool:
+    return weight.part is not None and weight.part.transposed
+
+
+def _cut(tile: Tile) -> tuple[slice, slice]:
+    rows, columns = tile.take[-2:]
+    return slice(*rows), slice(*columns)
+
+
+def _check_independent(real: list[Call], empty: list[Call]) -> None:
+    """Blocks must be told the same about any tokens, because their arguments are kept by shape."""
+    for index, (a, b) in enumerate(zip(real, empty, strict=True)):
+        leaves = [tree_leaves((call.args, dict(call.kwargs))) for call in (a, b)]
+        if any(isinstance(leaf, Cache) for leaf in leaves[0]):
+            raise UnsupportedError(f"block {index} keeps a cache although it was told not to")
+        same = len(leaves[0]) == len(leaves[1]) and all(map(_equal, *leaves))
+        if not same:
+            raise UnsupportedError(
+                f"block {index} is told more about the tokens than its hidden states; "
+                "quantkit runs such models not block by block"
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

@@ -1,0 +1,125 @@
+"""The seams for plugins: what a method in ``methods/`` and a format in ``formats/`` must offer.
+
+A *scheme* says which numbers can be represented, a *method* how codes are chosen, a *format* how
+bytes are laid out. The three never mix: methods and formats each answer for themselves which
+schemes they accept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from quantkit.calibrate.statistics import Need, Statistics
+from quantkit.checkpoint.reader import TensorInfo
+from quantkit.checkpoint.writer import TensorSpec
+from quantkit.model.graph import Weight
+from quantkit.schemes import Scheme
+from quantkit.tensors import QuantizedLinear, QuantizedTensor
+
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a method made of one matrix; `note` reports a fallback or a raised damping, else None."""
+
+    weight: QuantizedTensor
+    note: str | None = None
+
+
+class Quantizer(Protocol[P]):
+    """Chooses codes. Rows of a weight must be independent unless the scheme is per tensor:
+    the sweep stacks the weights of a site and calls `quantize` once."""
+
+    @property
+    def needs(self) -> Need: ...
+
+    @property
+    def regroups_columns(self) -> bool:
+        """True when results carry a `column_group`, which only some formats can hold."""
+        ...
+
+    def accepts(self, scheme: Scheme) -> str | None:
+        """None, or the reason why this scheme is not possible."""
+        ...
+
+    def prepare(self, stats: Statistics | None, scheme: Scheme) -> P:
+        """What all weights of a site share, once per site and scheme (a factorisation, an order)."""
+        ...
+
+    def quantize(self, weight: Tensor, prepared: P, scheme: Scheme) -> Outcome:
+        """Codes for weight (out, in) fp32, which is not modified."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """One weight with the scheme it got, or None when it is kept in its source dtype."""
+
+    weight: Weight
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True, slots=True)
+class FormatFacts:
+    """All that a format needs for its configuration files."""
+
+    assigned: Sequence[Assigned]
+    default: Scheme
+    outer: Sequence[Weight]
+    act_order: bool
+    method: str
+    version: str
+
+
+class Format(Protocol):
+    """Lays out bytes and reads them back; never changes a code."""
+
+    def scale_dtype(self, source_dtype: str) -> str:
+        """dtype in which this format stores scales for a source of `source_dtype`."""
+        ...
+
+    def holds_column_groups(self) -> bool: ...
+
+    def accepts(self, scheme: Scheme, weight: Weight) -> str | None:
+        """None, or the reason why this weight cannot be stored."""
+        ...
+
+    def layout(self, weight: Weight, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes of the file tensors that replace the weight, in file order."""
+        ...
+
+    def encode(self, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+        """The file tensors of `layout`, with contents."""
+        ...
+
+    def base_name(self, tensor: str) -> str | None:
+        """Checkpoint name of the weight that a file tensor belongs to, or None for a plain tensor."""
+        ...
+
+    def measure(
+        self, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+    ) -> tuple[tuple[int, int], int]:
+        """((out, in), bits) of one weight from the headers of its file tensors."""
+        ...
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedLinear:
+        """Inverse of `encode`, from the file tensors of one weight and the quantization config."""
+        ...
+
+    def config(self, facts: FormatFacts) -> Mapping[str, Any]:
+        """The `quantization_config` of config.json."""
+        ...
+
+    def side_files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Further JSON files beside config.json, by name."""
+        ...
+
+    def engines(self, facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(engines that load the result, notes on those that will not, with the reason)."""
+        ...

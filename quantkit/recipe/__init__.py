@@ -1,0 +1,1 @@
+"""Recipes: what a conversion does, as frozen values and as YAML."""

@@ -1,0 +1,174 @@
+"""Recipe × ModelGraph → assignments: every weight of every target has its scheme, or a reason why not."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from quantkit import registry
+from quantkit.calibrate.statistics import Need
+from quantkit.model.graph import ModelGraph, Weight
+from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer
+from quantkit.recipe.spec import Recipe, Rule, Target
+from quantkit.schemes import Scheme
+
+# Raised whenever a change can alter the codes that the same plan produces: stores made before are
+# then not continued.
+NUMERICS_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """One target with nothing left to decide."""
+
+    target: Target
+    quantizer: Quantizer[Any]
+    format: Format
+    default: Scheme
+    schemes: Mapping[str, Scheme | None]
+    facts: FormatFacts
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    def scheme_of(self, weight: Weight) -> Scheme | None:
+        """The scheme of a weight inside the blocks, or None when it is kept."""
+        return self.schemes[weight.key]
+
+    def quantized(self) -> Iterator[Assigned]:
+        """The weights that change, in model order."""
+        return (a for a in self.facts.assigned if a.scheme is not None)
+
+    @property
+    def needs(self) -> Need:
+        return self.quantizer.needs
+
+    def describe(self) -> dict[str, Any]:
+        """All that can change the codes of this target, as JSON."""
+        return {
+            "method": self.target.method,
+            "options": dict(self.target.options),
+            "feedback": self.target.feedback,
+            "schemes": {key: None if s is None else asdict(s) for key, s in self.schemes.items()},
+            "numerics": NUMERICS_VERSION,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What can be done, and what stands in the way: `blockers` by target name."""
+
+    targets: tuple[TargetPlan, ...]
+    blockers: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def key_of(description: Mapping[str, Any]) -> str:
+    """Short content hash of a JSON description."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve(recipe: Recipe, graph: ModelGraph, source_dtype: str, version: str) -> Resolved:
+    """Assign every weight of every target. Nothing raises here but a broken plugin: all that cannot be
+    done is collected, so that a user sees every problem at once."""
+    blockers = [_unmatched(rule, graph) for rule in _all_rules(recipe)]
+    warnings: list[str] = []
+    plans = []
+    for target in recipe.targets:
+        plan, problems = _resolve_target(recipe, target, graph, source_dtype, version)
+        plans.append(plan)
+        blockers += [f"{target.name}: {problem}" for problem in problems]
+        warnings += [f"{target.name}: {note}" for note in _fused_conflicts(plan, graph)]
+    return Resolved(tuple(plans), tuple(b for b in blockers if b), tuple(warnings))
+
+
+def _resolve_target(
+    recipe: Recipe, target: Target, graph: ModelGraph, source_dtype: str, version: str
+) -> tuple[TargetPlan, list[str]]:
+    fmt: Format = registry.load("formats", target.format).FORMAT
+    quantizer: Quantizer[Any] = registry.load("methods", target.method).quantizer(target.params)
+    default = replace(target.parsed_scheme(), scale_dtype=fmt.scale_dtype(source_dtype))
+    problems: list[str] = []
+    schemes: dict[str, Scheme | None] = {}
+    assigned = []
+    for block in graph.blocks:
+        for weight in block.weights():
+            scheme = _assign(recipe.rules_for(target), weight, block.index, len(graph.blocks), default)
+            schemes[weight.key] = scheme
+            assigned.append(Assigned(weight, scheme))
+            if scheme is not None and (why := quantizer.accepts(scheme) or fmt.accepts(scheme, weight)):
+                problems.append(f"`{weight.key}` cannot be {scheme.name}: {why}")
+    for weight in graph.outer:
+        scheme = _assign(recipe.rules_for(target), weight, None, len(graph.blocks), None)
+        if scheme is not None:
+            problems.append(
+                f"`{weight.key}` is outside the blocks and stays {source_dtype}: most engines fill a "
+                "quantized head or embedding with random values"
+            )
+    if quantizer.regroups_columns and not fmt.holds_column_groups():
+        problems.append(
+            f"act_order free needs a file that records column groups, which {target.format} cannot"
+        )
+    if not any(schemes.values()):
+        problems.append("every weight is kept by a rule: there is nothing to quantize")
+    facts = FormatFacts(
+        tuple(assigned), default, graph.outer, quantizer.regroups_columns, target.method, version
+    )
+    return TargetPlan(target, quantizer, fmt, default, schemes, facts), _shortened(problems)
+
+
+def _assign(
+    rules: Sequence[Rule], weight: Weight, block: int | None, blocks: int, default: Scheme | None
+) -> Scheme | None:
+    """The first rule that matches decides; without one, `default`."""
+    for rule in rules:
+        if rule.matches(weight.module, block, blocks):
+            if default is None:
+                return None if rule.keep else Scheme(8)
+            return rule.apply(default)
+    return default
+
+
+def _all_rules(recipe: Recipe) -> list[Rule]:
+    return [*recipe.rules, *(rule for target in recipe.targets for rule in target.rules)]
+
+
+def _unmatched(rule: Rule, graph: ModelGraph) -> str:
+    """A rule that matches nothing is a mistake of spelling, said with close names; else empty."""
+    blocks = len(graph.blocks)
+    modules = [w.module for w in graph.outer]
+    if any(rule.matches(w.module, None, blocks) for w in graph.outer):
+        return ""
+    for block in graph.blocks:
+        for weight in block.weights():
+            if rule.matches(weight.module, block.index, blocks):
+                return ""
+            modules.append(weight.module)
+    close = difflib.get_close_matches(rule.match, modules, n=2, cutoff=0.4)
+    hint = f"; close: {', '.join(close)}" if close else ""
+    return f"rule {rule.match!r} matches no weight{hint}"
+
+
+def _fused_conflicts(plan: TargetPlan, graph: ModelGraph) -> list[str]:
+    """q/k/v and gate/up are fused by vLLM and SGLang, so they must agree there."""
+    notes = []
+    for block in graph.blocks:
+        for site in block.sites:
+            for roles in (("q", "k", "v"), ("gate", "up")):
+                members = [w for w in site.weights if w.role in roles]
+                if len({plan.scheme_of(w) for w in members}) > 1:
+                    names = ", ".join(w.module for w in members)
+                    notes.append(f"{names} differ in scheme; vLLM and SGLang fuse them and will refuse")
+    return notes[:3]
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    """The first three problems and how many more there are: 80 blocks say the same thing 80 times."""
+    if len(problems) <= 4:
+        return problems
+    return [*problems[:3], f"{len(problems) - 3:,} more weights likewise"]

@@ -1,0 +1,237 @@
+"""`Recipe`: everything that decides what a conversion does, in the words of the YAML file.
+
+Frozen values that check themselves, so Python, YAML and flags have the same rules. Problems are
+said as ``field: what is wrong``; the loader turns that into ``file:line:column path: …``.
+The documentation of each field is also its ``--help`` text and its JSON Schema description.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from quantkit.errors import RecipeError
+from quantkit.recipe import plugins
+from quantkit.recipe.check import Range, check_types, complaint, refuse, said
+from quantkit.recipe.rules import Rule
+from quantkit.recipe.sizes import parse_size
+from quantkit.schemes import Scheme, parse_scheme
+
+Scalar = str | int | float | bool
+DEFAULT_SET = "wikitext103"
+DEFAULT_LENGTH = 2048
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+__all__ = ["Calibration", "Device", "Eval", "EvalText", "Gates", "Output", "Recipe", "Rule", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where results go."""
+
+    dir: Annotated[str, "folder for the results, one folder per target inside"] = "out"
+    on_exists: Annotated[
+        Literal["fail", "resume", "replace"], "what to do when the folder holds an earlier run"
+    ] = "resume"
+    shard_size: Annotated[str, "largest weight file, as 5GB"] = "5GB"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        problems = [] if self.dir else ["dir: is empty"]
+        refuse(problems + complaint("shard_size", parse_size, self.shard_size))
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes."""
+        return parse_size(self.shard_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What to compute on, and within which memory."""
+
+    map: Annotated[str, "auto, cpu, cuda or cuda:N"] = "auto"
+    max_memory: Annotated[str | None, "memory the run may use, as 20GiB; the default is what is free"] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], "dtype of the forward pass; auto follows the source"
+    ] = "auto"
+    batch_tokens: Annotated[int, "tokens per micro-batch of the forward pass", Range(1)] = 4096
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        problems = complaint("max_memory", parse_size, self.max_memory)
+        if not _DEVICE.fullmatch(self.map):
+            problems.append(f"map: must be auto, cpu, cuda or cuda:N, not {self.map!r}")
+        refuse(problems)
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` in bytes; None: what is free."""
+        return None if self.max_memory is None else parse_size(self.max_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The text that statistics are taken from. Exactly one of `set` and `file`; default: wikitext103."""
+
+    set: Annotated[str | None, "name of a calibration set, as wikitext103 or embedded"] = None
+    file: Annotated[str | None, "text file to calibrate on instead of a set"] = None
+    rows: Annotated[int, "rows of text", Range(1)] = 256
+    length: Annotated[
+        int | None, "tokens per row; null: 2048, or the context of the model when that is shorter", Range(8)
+    ] = None
+    seed: Annotated[int | None, "seed of the choice of rows; null: the first rows in order", Range(0)] = 0
+    template: Annotated[Literal["raw", "chat"], "raw text, or wrapped in the chat template"] = "raw"
+    max_chars: Annotated[int | None, "read no more than this many characters of the text", Range(1)] = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.set is not None and self.file is not None:
+            raise RecipeError("file: `set` and `file` exclude each other")
+        if self.set is None and self.file is None:
+            object.__setattr__(self, "set", DEFAULT_SET)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalText:
+    """One perplexity measurement. Exactly one of `data` and `file`."""
+
+    data: Annotated[str | None, "name of an evaluation text, as wikitext2 or embedded"] = None
+    file: Annotated[str | None, "text file to evaluate on instead"] = None
+    style: Annotated[
+        Literal["llamacpp", "gptq"],
+        "llamacpp: second half of each window of the raw text; gptq: all of each window but its first token",
+    ] = "llamacpp"
+    context: Annotated[int, "tokens per window", Range(8)] = 512
+    chunks: Annotated[int | None, "only this many windows; null: all", Range(1)] = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if (self.data is None) == (self.file is None):
+            raise RecipeError("needs exactly one of `data` and `file`")
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Limits that the results must keep; a failed gate ends with exit code 4 and keeps the files."""
+
+    ppl_ratio_max: Annotated[float | None, "largest perplexity relative to the source", Range(0)] = None
+    kl_mean_max: Annotated[float | None, "largest mean KL divergence, in nats", Range(0)] = None
+    top1_agreement_min: Annotated[
+        float | None, "smallest share of tokens whose most likely token is the source's", Range(0, 1)
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Eval:
+    """What is measured about every target."""
+
+    enabled: Annotated[bool, "measure the results"] = True
+    perplexity: Annotated[tuple[EvalText, ...], "texts, each with its convention"] = (
+        EvalText(data="wikitext2"),
+    )
+    kl: Annotated[bool, "KL divergence from the source and top-1 agreement on the same text"] = True
+    gates: Annotated[Gates, "limits that the results must keep"] = field(default_factory=Gates)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One result: scheme × method × format. Empty fields take the format's usual value.
+
+    Once made, `scheme`, `method`, `options` and `name` are filled in and canonical: two targets that
+    do the same are equal.
+    """
+
+    format: Annotated[str, "how bytes are laid out, as gptq"]
+    scheme: Annotated[str, "which numbers can be represented, as w4g128"] = ""
+    method: Annotated[str, "how codes are chosen, as gptq or rtn"] = ""
+    options: Annotated[Mapping[str, Any], "parameters of the method"] = field(default_factory=dict)
+    feedback: Annotated[bool, "calibrate on the activations of the quantized blocks before"] = False
+    name: Annotated[str, "name of the target and its folder"] = ""
+    rules: Annotated[tuple[Rule, ...], "rules of this target, tried before the recipe's"] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        info = _located("format", plugins.format_info, self.format)
+        scheme = _located("scheme", plugins.scheme_name, self.scheme or info.default_scheme, info)
+        method = (self.method or info.default_method).lower()
+        _located("method", plugins.params_type, method)
+        name = self.name or default_name(info.name, scheme, "" if method == info.default_method else method,
+                                         self.feedback)  # fmt: skip
+        if not _NAME.fullmatch(name) or name.endswith("."):
+            raise RecipeError(
+                f"name: {name!r} cannot be a folder name; use letters, digits, dot, dash and underscore"
+            )
+        options = plugins.params_dict(plugins.make_params(method, self.options))
+        for key, value in (("format", info.name), ("scheme", scheme), ("method", method), ("name", name)):
+            object.__setattr__(self, key, value)
+        object.__setattr__(self, "options", options)
+
+    @property
+    def params(self) -> Any:
+        """The method's parameters as its own `Params`."""
+        return plugins.make_params(self.method, self.options)
+
+    def parsed_scheme(self) -> Scheme:
+        """The scheme as a value; its scale dtype is still the format's choice."""
+        return parse_scheme(self.scheme)
+
+
+def default_name(format_name: str, scheme: str, method: str, feedback: bool) -> str:
+    """``gptq-w4g128``, with the method when it is not the usual one (else empty), and ``-feedback``."""
+    return f"{format_name}-{scheme}{f'-{method}' if method else ''}{'-feedback' if feedback else ''}"
+
+
+def _located(name: str, ask: Any, *arguments: Any) -> Any:
+    """`ask(*arguments)`, its problems said as problems of field `name`."""
+    try:
+        return ask(*arguments)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {said(error)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One sweep: one source, one calibration text, any number of targets."""
+
+    source: Annotated[str, "Hub id (with @revision if wanted), folder, or demo for the embedded model"]
+    targets: Annotated[tuple[Target, ...], "what to make: shorthands as gptq:w4g128, or mappings"]
+    quantkit: Annotated[Literal[1], "version of the recipe schema"] = 1
+    output: Annotated[Output, "where results go"] = field(default_factory=Output)
+    device: Annotated[Device, "what to compute on"] = field(default_factory=Device)
+    calibration: Annotated[Calibration, "the text that statistics are taken from"] = field(
+        default_factory=Calibration
+    )
+    eval: Annotated[Eval, "what is measured about every target"] = field(default_factory=Eval)
+    rules: Annotated[tuple[Rule, ...], "weights kept or quantized differently; the first match decides"] = ()
+    vars: Annotated[Mapping[str, Scalar], "values for ${vars.name}"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        problems = []
+        if not self.source.strip():
+            problems.append("source: is empty")
+        if not self.targets:
+            problems.append("targets: at least one is needed")
+        first: dict[str, int] = {}
+        for number, target in enumerate(self.targets, 1):
+            # File systems that ignore case would put both into one folder.
+            other = first.setdefault(target.name.lower(), number)
+            if other != number:
+                problems.append(
+                    f"targets: numbers {other} and {number} are both named {target.name!r}; "
+                    "give one another `name`"
+                )
+        refuse(problems)
+
+    def rules_for(self, target: Target) -> tuple[Rule, ...]:
+        """The rules about a target's weights in the order they are tried."""
+        return (*target.rules, *self.rules)

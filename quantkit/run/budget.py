@@ -1,0 +1,68 @@
+"""Devices and memory: the only place, with the model runtime, that names a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from quantkit.calibrate.statistics import Need, nbytes
+from quantkit.errors import UsageError
+from quantkit.model.graph import Site
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for; UsageError when it is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(name)
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        if (chosen.index or 0) >= count:
+            raise UsageError(
+                f"device '{name}' was asked for and {count} CUDA devices are visible",
+                remedy="use --device cpu, or install a torch build with CUDA and check the driver",
+            )
+    return chosen
+
+
+def compute_dtype(name: str, on: torch.device) -> torch.dtype:
+    """dtype of the forward pass: float32 on a CPU, bfloat16 on a GPU unless told otherwise.
+
+    fp16 sources run in bfloat16 too: massive activations overflow fp16.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if on.type == "cuda" else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return dtypes[name]
+
+
+def available(on: torch.device) -> int:
+    """Bytes of memory that are free on a device now."""
+    import torch
+
+    if on.type == "cuda":
+        return int(torch.cuda.mem_get_info(on)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def waves(sites: Sequence[Site], needs: Mapping[str, Need], budget: int) -> Iterator[tuple[Site, ...]]:
+    """Consecutive sites whose statistics fit `budget` bytes together; a site larger than that is alone."""
+    wave: list[Site] = []
+    used = 0
+    for site in sites:
+        size = nbytes(site.width, needs[site.id])
+        if wave and used + size > budget:
+            yield tuple(wave)
+            wave, used = [], 0
+        wave.append(site)
+        used += size
+    if wave:
+        yield tuple(wave)

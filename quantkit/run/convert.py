@@ -1,0 +1,221 @@
+"""`convert`: plan → sweep → export → verify → evaluate, for every target of a recipe at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from quantkit import __version__
+from quantkit.checkpoint.atomic import write_text
+from quantkit.errors import UsageError
+from quantkit.evaluate.scores import Perplexity, Quality
+from quantkit.model.runtime import Runtime
+from quantkit.recipe.dump import dump
+from quantkit.recipe.plan import TargetPlan, key_of
+from quantkit.recipe.spec import Recipe
+from quantkit.run import budget
+from quantkit.run.advance import Streams
+from quantkit.run.export import Exporter, free_or_ours, to_json_text
+from quantkit.run.files import parameters
+from quantkit.run.measure import measure
+from quantkit.run.plan import Plan, plan
+from quantkit.run.progress import SILENT, Progress
+from quantkit.run.quantize import TensorMetrics
+from quantkit.run.report import Report, TargetReport, check_gates
+from quantkit.run.rows import build_rows
+from quantkit.run.store import RunStore
+from quantkit.run.sweep import Sweep, SweepPlan
+
+STORE = ".quantkit"
+
+
+def convert(
+    recipe: Recipe,
+    *,
+    progress: Progress = SILENT,
+    restart: bool = False,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    stop: Event | None = None,
+) -> Report:
+    """Carry out a recipe and return what was made and measured.
+
+    Running the same recipe again continues where an earlier run was killed, to identical bytes;
+    `restart` does everything anew. When `stop` is set, the run ends after the next commit with
+    Interrupted. Raises the errors of `quantkit.errors`; nothing half-written carries a final name.
+    """
+    progress.step("plan", recipe.source)
+    made = plan(recipe, offline=offline, cache_dir=cache_dir)
+    made.check()
+    for warning in made.warnings:
+        progress.warn(warning)
+    run = _Run(made, progress)
+    store = RunStore.open(run.out / STORE, restart=restart)
+    try:
+        return run.carry_out(store, stop or Event())
+    finally:
+        store.close()
+
+
+class _Run:
+    """One call of `convert`: the plan, the rows and the keys that follow from them."""
+
+    def __init__(self, made: Plan, progress: Progress) -> None:
+        self._plan, self._progress = made, progress
+        self._recipe = made.recipe
+        self.out = Path(made.recipe.output.dir)
+        self._device = budget.device(self._recipe.device.map)
+        self._dtype = budget.compute_dtype(self._recipe.device.dtype, self._device)
+        progress.step("calibrate", self._calibration_detail())
+        self._rows = build_rows(
+            self._recipe, made.source.path, calibrate=made.needs_calibration, length=made.length
+        )
+        self._fingerprint = made.checkpoint.fingerprint()
+        self._keys = {t.name: key_of(self._target_facts(t)) for t in made.targets}
+        self._streams_key = key_of(self._stream_facts())
+
+    def carry_out(self, store: RunStore, stop: Event) -> Report:
+        """Sweep, evaluate, export; every step is skipped when its result is there already."""
+        folders = {t.name: self.out / t.name for t in self._plan.targets}
+        manifest_keys = {t.name: key_of({"target": self._keys[t.name], "rows": self._streams_key}) for t in self._plan.targets}
+        whole = {name: free_or_ours(folders[name], self._recipe.output.on_exists, key) for name, key in manifest_keys.items()}
+        finals = {t.name: store.final(self._keys[t.name], self._streams_key) for t in self._plan.targets}
+        if any(found is None for found in finals.values()):
+            self._sweep(store, stop)
+            finals = {t.name: store.final(self._keys[t.name], self._streams_key) for t in self._plan.targets}
+        exporter = Exporter(self._plan.checkpoint, self._plan.graph, store)
+        reports = []
+        for target in self._plan.targets:
+            report = self._target_report(target, store, finals[target.name])
+            reports.append(report)
+            if not whole[target.name]:
+                self._progress.step("export", target.name)
+                facts = self._manifest(target, report, manifest_keys[target.name])
+                key, shards = self._keys[target.name], self._plan.shards[target.name]
+                exporter.export(target, key, shards, folders[target.name], facts)
+        store.drop_streams()
+        report = self._finish(tuple(reports))
+        self._progress.finish()
+        check_gates(report, self._recipe.eval.gates)
+        return report
+
+    def _sweep(self, store: RunStore, stop: Event) -> None:
+        graph = self._plan.graph
+        runtime = Runtime(self._plan.checkpoint, graph, dtype=self._dtype, device=self._device)
+        batch_tokens = self._recipe.device.batch_tokens
+        streams = Streams(store, runtime.skeleton.width, self._dtype, self._device, batch_tokens)
+        what = SweepPlan(
+            self._plan.targets,
+            self._keys,
+            self._streams_key,
+            self._rows.collecting,
+            tuple(rows for _, rows in self._rows.evaluation),
+            self._plan.estimate.statistics,
+        )
+        self._progress.step("sweep", f"{len(graph.blocks)} blocks, {', '.join(t.name for t in self._plan.targets)}")
+        Sweep(what, runtime, graph.blocks, store, streams).run(self._progress, stop)
+        keys = [self._keys[t.name] for t in self._plan.targets]
+        found: Mapping[str, Sequence[Quality]] = {key: [] for key in keys}
+        if self._rows.evaluation:
+            self._progress.step("evaluate", ", ".join(e.convention for e, _ in self._rows.evaluation))
+            found = measure(runtime, streams, len(graph.blocks), self._rows.evaluation, keys)
+        store.commit_final(self._streams_key, {key: [q.to_json() for q in qs] for key, qs in found.items()})
+
+    def _calibration_detail(self) -> str:
+        c = self._recipe.calibration
+        if not self._plan.needs_calibration:
+            return "no target needs it"
+        return f"{c.rows:,} × {self._plan.length:,} tokens of {c.file or c.set}"
+
+    def _compute_facts(self) -> dict[str, Any]:
+        return {
+            "source": self._fingerprint,
+            "dtype": str(self._dtype),
+            "device": self._device.type,
+            "batch_tokens": self._recipe.device.batch_tokens,
+        }
+
+    def _target_facts(self, target: TargetPlan) -> dict[str, Any]:
+        """All that can change a target's codes."""
+        calibration = self._rows.calibration
+        seen = calibration.sha256 if calibration is not None and target.needs else None
+        compute = self._compute_facts() if target.needs else {"source": self._fingerprint}
+        return {**target.describe(), **compute, "calibration": seen}
+
+    def _stream_facts(self) -> dict[str, Any]:
+        """All that can change what the streams carry, apart from the targets."""
+        calibration = self._rows.calibration
+        return {
+            **self._compute_facts(),
+            "calibration": None if calibration is None else calibration.sha256,
+            "evaluation": [e.convention for e, _ in self._rows.evaluation],
+        }
+
+    def _target_report(self, target: TargetPlan, store: RunStore, final: Any) -> TargetReport:
+        key = self._keys[target.name]
+        tensors = [
+            TensorMetrics(**row)
+            for block in range(len(self._plan.graph.blocks))
+            for row in store.metrics(key, block)["tensors"]
+        ]
+        return TargetReport(
+            name=target.name,
+            folder=target.name,
+            method=target.target.method,
+            scheme=target.default.name,
+            size_bytes=self._plan.shards[target.name].total_bytes,
+            bits_per_weight=self._plan.bits_per_weight(target),
+            tensors=tuple(tensors),
+            quality=tuple(_quality(q) for q in final or ()),
+        )
+
+    def _manifest(self, target: TargetPlan, report: TargetReport, key: str) -> dict[str, Any]:
+        source = self._plan.source
+        shown = dict(report.to_json())
+        del shown["tensors"], shown["folder"]
+        return {
+            "schema": "quantkit/target/1",
+            "quantkit": __version__,
+            "key": key,
+            "source": {
+                # a local folder is named, not located: paths of one machine are nobody's business
+                "id": source.id or source.path.resolve().name,
+                "revision": source.revision,
+                "fingerprint": self._fingerprint,
+            },
+            "calibration": self._rows.calibration_json() if target.needs else None,
+            "options": dict(target.target.options),
+            "feedback": target.target.feedback,
+            **shown,
+        }
+
+    def _finish(self, targets: tuple[TargetReport, ...]) -> Report:
+        checkpoint, graph = self._plan.checkpoint, self._plan.graph
+        size = sum(t.nbytes for t in checkpoint.tensors.values())
+        bpw = size * 8 / parameters(checkpoint, graph)
+        source = self._plan.source
+        name = source.id or (source.requested if source.requested == "demo" else source.path.resolve().name)
+        report = Report(name, size, bpw, self._rows.calibration_json(), targets)
+        write_text(self.out / "report.json", to_json_text(report.to_json()))
+        write_text(self.out / "recipe.resolved.yaml", dump(self._recipe))
+        return report
+
+
+def _quality(found: Mapping[str, Any]) -> Quality:
+    nested = {name: Perplexity(**found[name]) for name in ("source", "target", "ratio")}
+    return Quality(**{**found, **nested})
+
+
+def only(recipe: Recipe, chosen: Sequence[str], skipped: Sequence[str]) -> Recipe:
+    """The recipe with some of its targets; UsageError for a name it does not have."""
+    names = [t.name for t in recipe.targets]
+    for name in (*chosen, *skipped):
+        if name not in names:
+            raise UsageError(f"the recipe has no target '{name}'", remedy=f"its targets: {', '.join(names)}")
+    kept = tuple(t for t in recipe.targets if (not chosen or t.name in chosen) and t.name not in skipped)
+    if not kept:
+        raise UsageError("no target is left", remedy="check --only and --skip")
+    return dataclasses.replace(recipe, targets=kept)

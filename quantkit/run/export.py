@@ -1,0 +1,174 @@
+"""From the run store to files: codes move, nothing is computed anew.
+
+A target's folder is built beside its final place, read back and compared with the store, and only
+then renamed. `quantkit.json` is written last: a folder without it is incomplete by definition.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.checkpoint.atomic import PARTIAL, replace_dir, write_error, write_text
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import ShardedWriter, ShardPlan
+from quantkit.errors import CoverageError, UsageError, VerifyError
+from quantkit.model.graph import ModelGraph
+from quantkit.protocols import Assigned
+from quantkit.recipe.plan import TargetPlan
+from quantkit.run.files import Entry, entries
+from quantkit.run.store import RunStore
+from quantkit.run.streams import sha256_file
+from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor
+
+MANIFEST = "quantkit.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """Writes the folders of one run."""
+
+    checkpoint: Checkpoint
+    graph: ModelGraph
+    store: RunStore
+
+    def export(
+        self, target: TargetPlan, key: str, shards: ShardPlan, folder: Path, facts: Mapping[str, Any]
+    ) -> None:
+        """Write `folder` for one target whose blocks are all committed.
+
+        facts is what the manifest says beside the file sums. Raises VerifyError when a file does not
+        read back as the store's codes, CoverageError when a weight that should be quantized is not.
+        """
+        partial = folder.with_name(folder.name + PARTIAL)
+        try:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise write_error(error, partial, needed=shards.total_bytes) from error
+        config = target.format.config(target.facts)
+        with ShardedWriter(partial, shards) as writer:
+            for name, tensor in self._tensors(target, key):
+                writer.write(name, tensor)
+        self._side_files(target, partial, config)
+        self._read_back(target, key, partial, config)
+        sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(partial.iterdir())}
+        write_text(partial / MANIFEST, to_json_text({**facts, "files": sums}))
+        replace_dir(partial, folder)
+
+    def _tensors(self, target: TargetPlan, key: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything the files hold, block by block."""
+        for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
+            linears = self._linears(key, block)
+            for entry in group:
+                if entry.copied is not None:
+                    yield entry.copied, self.checkpoint.read(entry.copied)
+                elif entry.assigned is not None:
+                    tensors = _encode(target, entry.assigned, linears)
+                    for spec in entry.specs:
+                        yield spec.name, tensors[spec.name]
+
+    def _linears(self, key: str, block: int | None) -> dict[str, QuantizedLinear]:
+        if block is None:
+            return {}
+        return {linear.name: linear for linear in self.store.load(key, block)}
+
+    def _side_files(self, target: TargetPlan, folder: Path, config: Mapping[str, Any]) -> None:
+        model = {k: v for k, v in self.checkpoint.config.items() if k != "_name_or_path"}
+        write_text(folder / "config.json", to_json_text({**model, "quantization_config": dict(config)}))
+        for name, content in target.format.side_files(config).items():
+            write_text(folder / name, to_json_text(content))
+        try:
+            for file in self.checkpoint.extras():
+                shutil.copyfile(file, folder / file.name)
+        except OSError as error:
+            raise write_error(error, folder, needed=0) from error
+
+    def _read_back(self, target: TargetPlan, key: str, folder: Path, config: Mapping[str, Any]) -> None:
+        """Every weight, read from the files by the format's own reader, must equal the store's."""
+        written = Checkpoint.open(folder)
+        for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
+            linears = self._linears(key, block)
+            for entry in group:
+                if entry.assigned is None:
+                    continue
+                name = entry.assigned.weight.key
+                tensors = {spec.name: written.read(spec.name) for spec in entry.specs}
+                found = target.format.decode(name, tensors, config)
+                if not _same(found.weight, linears[name].weight):
+                    raise VerifyError(
+                        f"`{name}` in `{folder}` does not read back as the codes that were stored",
+                        remedy="this is a fault of the format's writer: please report it",
+                    )
+
+
+def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
+    """True when `folder` already holds this very result; False when it may be written.
+
+    UsageError when it holds something else: a person's files are never replaced, an earlier result
+    only with ``on_exists: replace``.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise UsageError(
+            f"`{folder}` exists and was not written by quantkit", remedy="give another --output, or move it away"
+        )
+    if on_exists == "replace":
+        return False
+    known = json.loads(manifest.read_text("utf-8"))
+    if on_exists == "resume" and known.get("key") == key:
+        return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in known["files"].items())
+    raise UsageError(
+        f"`{folder}` holds the result of another plan" if on_exists == "resume" else f"`{folder}` exists",
+        remedy="give another --output, or --on-exists replace",
+    )
+
+
+def _encode(target: TargetPlan, assigned: Assigned, linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    linear = linears.get(assigned.weight.key)
+    if linear is None or assigned.scheme is None:
+        raise CoverageError(
+            f"`{assigned.weight.key}` was to be quantized for {target.name} and is not in the store",
+            remedy="run again with --restart, and report it if it happens again",
+        )
+    return target.format.encode(linear, assigned.scheme)
+
+
+def _by_block(found: Iterator[Entry]) -> Iterator[tuple[int | None, list[Entry]]]:
+    """Consecutive entries of one block together."""
+    group: list[Entry] = []
+    for entry in found:
+        if group and entry.block != group[0].block:
+            yield group[0].block, group
+            group = []
+        group.append(entry)
+    if group:
+        yield group[0].block, group
+
+
+def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """Equal in meaning and in every stored number."""
+    if not isinstance(a, Affine) or not isinstance(b, Affine):
+        return False
+    pairs: Sequence[tuple[Any, Any]] = (
+        (a.codes, b.codes),
+        (a.scale, b.scale),
+        (a.zero_point, b.zero_point),
+        (a.offset, b.offset),
+        (a.column_group, b.column_group),
+    )
+    equal = all((x is None and y is None) or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.equal(y)) for x, y in pairs)
+    return equal and (a.bits, a.group) == (b.bits, b.group)
+
+
+def to_json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

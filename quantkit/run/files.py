@@ -1,0 +1,65 @@
+"""Which tensors a target's files hold, in which order: the same list sizes the plan and writes the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import TensorSpec
+from quantkit.model.graph import ModelGraph, Weight
+from quantkit.protocols import Assigned
+from quantkit.recipe.plan import TargetPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A group of file tensors: a source tensor copied byte for byte, or what a quantized weight becomes."""
+
+    specs: tuple[TensorSpec, ...]
+    copied: str | None
+    assigned: Assigned | None
+    block: int | None
+
+
+def entries(target: TargetPlan, checkpoint: Checkpoint, graph: ModelGraph) -> Iterator[Entry]:
+    """Everything the target's files hold, in model order: embeddings, blocks, the rest."""
+    outer = {w.name: w for w in graph.outer}
+    for name, weight in outer.items():
+        if weight.role == "embed":
+            yield _copy(checkpoint, name, None)
+    for block in graph.blocks:
+        copied: dict[str, None] = {}
+        for weight in block.weights():
+            scheme = target.scheme_of(weight)
+            if scheme is None:
+                copied[weight.name] = None
+            else:
+                yield Entry(target.format.layout(weight, scheme), None, Assigned(weight, scheme), block.index)
+        for name in (*copied, *block.kept):
+            yield _copy(checkpoint, name, block.index)
+    for name in (*graph.copied, *(n for n, w in outer.items() if w.role != "embed")):
+        yield _copy(checkpoint, name, None)
+
+
+def parameters(checkpoint: Checkpoint, graph: ModelGraph) -> int:
+    """Parameters of the source, tied duplicates counted once."""
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        if name not in graph.dropped:
+            total += info.nbytes // info.torch_dtype.itemsize
+    return total
+
+
+def quantized_parameters(target: TargetPlan) -> int:
+    """Parameters that change their representation."""
+    return sum(_size(a.weight) for a in target.quantized())
+
+
+def _size(weight: Weight) -> int:
+    return weight.shape[0] * weight.shape[1]
+
+
+def _copy(checkpoint: Checkpoint, name: str, block: int | None) -> Entry:
+    info = checkpoint.tensors[name]
+    return Entry((TensorSpec(name, info.torch_dtype, info.shape),), name, None, block)

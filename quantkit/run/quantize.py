@@ -1,0 +1,173 @@
+"""Quantizing the weights of one site for every target, and how large the error became."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.calibrate.statistics import Need, Statistics
+from quantkit.errors import NumericsError
+from quantkit.model.graph import Site, Weight
+from quantkit.numerics.nearest import nearest
+from quantkit.protocols import Outcome, Quantizer
+from quantkit.recipe.plan import TargetPlan
+from quantkit.schemes import Scheme
+from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor, dequantize
+
+# rows × inputs handled at once when an error is measured
+_PIECE = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMetrics:
+    """One row of the report.
+
+    error   relative error: of the output, ‖(Ŵ−W)Xᵀ‖²/‖WXᵀ‖², when a gram was collected; with inputs
+            weighted by mean square when only those are known; of the weights otherwise
+    metric  which of the three: `output`, `weighted`, `weights`
+    """
+
+    name: str
+    scheme: str
+    tokens: int
+    error: float
+    metric: str
+    note: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What one target made of one weight."""
+
+    linear: QuantizedLinear
+    metrics: TensorMetrics
+
+
+def quantize_site(
+    site: Site, stats: Statistics | None, weight_of: Callable[[Weight], Tensor], targets: Sequence[TargetPlan]
+) -> dict[str, list[Made]]:
+    """Codes for every weight of a site, by target name.
+
+    Weights of one scheme are stacked and solved together: rows are independent. What a site prepares
+    is shared by targets that ask for the same thing.
+    """
+    prepared: dict[tuple[Quantizer[Any], Scheme], Any] = {}
+    made: dict[str, list[Made]] = {}
+    for target in targets:
+        by_scheme: dict[Scheme, list[Weight]] = {}
+        for weight in site.weights:
+            scheme = target.scheme_of(weight)
+            if scheme is not None:
+                by_scheme.setdefault(scheme, []).append(weight)
+        for scheme, weights in by_scheme.items():
+            key = (target.quantizer, scheme)
+            if key not in prepared:
+                prepared[key] = _prepare(site, stats, target.quantizer, scheme)
+            for stack in [[w] for w in weights] if scheme.per_tensor else [weights]:
+                made.setdefault(target.name, []).extend(
+                    _solve(stack, stats, weight_of, target.quantizer, scheme, prepared[key])
+                )
+    return made
+
+
+def _prepare(site: Site, stats: Statistics | None, quantizer: Quantizer[Any], scheme: Scheme) -> Any:
+    starved = quantizer.needs is not Need.NOTHING and (stats is None or stats.tokens == 0)
+    if not starved:
+        return quantizer.prepare(stats, scheme)
+    if ".experts." in site.weights[0].name or site.weights[0].part is not None:
+        return None
+    raise NumericsError(
+        f"no calibration token reached `{site.id}`, which `{site.weights[0].name}` needs",
+        remedy="this is a fault of the observation, not of the text: please report it",
+    )
+
+
+def _solve(
+    weights: Sequence[Weight],
+    stats: Statistics | None,
+    weight_of: Callable[[Weight], Tensor],
+    quantizer: Quantizer[Any],
+    scheme: Scheme,
+    prepared: Any,
+) -> list[Made]:
+    matrices = [weight_of(w).to(torch.float32) for w in weights]
+    stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    if prepared is None and quantizer.needs is not Need.NOTHING:
+        outcome = _starved(stacked, scheme)
+    else:
+        outcome = quantizer.quantize(stacked, prepared, scheme)
+    del stacked
+    made, row = [], 0
+    for weight, matrix in zip(weights, matrices, strict=True):
+        part = rows(outcome.weight, row, row + matrix.shape[0])
+        row += matrix.shape[0]
+        error, metric = relative_error(matrix, part, stats)
+        tokens = 0 if stats is None else stats.tokens
+        metrics = TensorMetrics(weight.key, scheme.name, tokens, error, metric, outcome.note)
+        made.append(Made(QuantizedLinear(weight.key, _on_cpu(part)), metrics))
+    return made
+
+
+def _starved(weight: Tensor, scheme: Scheme) -> Outcome:
+    """An expert that no calibration token reached is rounded with searched scales, and said to be."""
+    return Outcome(nearest(weight, scheme, "mse"), "no calibration token reached this expert: rounded to nearest")
+
+
+def rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Rows start … stop − 1 of a quantized tensor; groups span one row or all of them."""
+
+    def cut(v: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        if q.group[0] != 1:
+            return v
+        return v[start:stop] if isinstance(v, Tensor) else rows(v, start, stop)
+
+    group = (1 if q.group[0] == 1 else stop - start, q.group[1])
+    match q:
+        case Affine():
+            zero = q.zero_point
+            return replace(
+                q,
+                codes=q.codes[start:stop],
+                scale=cut(q.scale),
+                group=group,
+                zero_point=None if zero is None else zero[start:stop] if group[0] == 1 else zero,
+                offset=None if q.offset is None else cut(q.offset),
+            )
+        case Float():
+            return replace(q, values=q.values[start:stop], scale=cut(q.scale), group=group)
+        case Codebook():
+            return replace(q, codes=q.codes[start:stop], scale=cut(q.scale), group=group)
+
+
+def _on_cpu(q: QuantizedTensor) -> QuantizedTensor:
+    tensors = {f.name: getattr(q, f.name) for f in fields(q)}
+    return replace(q, **{n: t.cpu().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def relative_error(w: Tensor, q: QuantizedTensor, stats: Statistics | None) -> tuple[float, str]:
+    """(error, metric) of a quantized weight, see `TensorMetrics`; w (out, in) fp32."""
+    gram = None if stats is None else stats.gram
+    known = stats is not None and stats.tokens > 0 and (gram is not None or stats.squares is not None)
+    importance = stats.importance() if stats is not None and known else None
+    error = power = 0.0
+    step = max(1, _PIECE // w.shape[1])
+    for start in range(0, w.shape[0], step):
+        part = w[start : start + step]
+        delta = dequantize(rows(q, start, start + part.shape[0])).to(w.device) - part
+        for value, sign in ((delta, 0), (part, 1)):
+            if gram is not None:
+                total = float(((value @ gram) * value).sum())
+            elif importance is not None:
+                total = float((value.square() @ importance).sum())
+            else:
+                total = float(value.square().sum())
+            error, power = (error, power + total) if sign else (error + total, power)
+    metric = "output" if gram is not None else "weighted" if importance is not None else "weights"
+    return (error / power if power > 0 else 0.0), metric

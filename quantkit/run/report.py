@@ -1,0 +1,129 @@
+"""`Report`: what a run made and what it measured. JSON first; tables are views.
+
+Nothing in it depends on the clock or the machine's paths, so a run that was killed and continued
+writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.errors import GateError
+from quantkit.evaluate.scores import Quality
+from quantkit.recipe.spec import Gates
+from quantkit.run.plan import gigabytes
+from quantkit.run.quantize import TensorMetrics
+from quantkit.run.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class TargetReport:
+    """One target: where it is, how large, how good."""
+
+    name: str
+    folder: str
+    method: str
+    scheme: str
+    size_bytes: int
+    bits_per_weight: float
+    tensors: tuple[TensorMetrics, ...]
+    quality: tuple[Quality, ...]
+
+    @property
+    def fallbacks(self) -> int:
+        """Weights whose method fell back or had to be helped."""
+        return sum(t.note is not None for t in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "folder": self.folder,
+            "method": self.method,
+            "scheme": self.scheme,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "fallbacks": self.fallbacks,
+            "quality": [q.to_json() for q in self.quality],
+            "tensors": [t.to_json() for t in self.tensors],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole run."""
+
+    source: str
+    source_bytes: int
+    source_bpw: float
+    calibration: dict[str, Any] | None
+    targets: tuple[TargetReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": "quantkit/convert/1",
+            "status": "ok",
+            "source": {"id": self.source, "size_bytes": self.source_bytes, "bits_per_weight": self.source_bpw},
+            "calibration": self.calibration,
+            "targets": [t.to_json() for t in self.targets],
+        }
+
+    def table(self) -> Table:
+        """One row per target and evaluation text, the source first."""
+        rows = []
+        measured = next((t.quality for t in self.targets if t.quality), ())
+        first = _source_cells(measured[0]) if measured else ("", "", "", "")
+        rows.append((self.source, "–", gigabytes(self.source_bytes), f"{self.source_bpw:.2f}", *first))
+        for target in self.targets:
+            head = (target.name, target.method, gigabytes(target.size_bytes), f"{target.bits_per_weight:.2f}")
+            if not target.quality:
+                rows.append((*head, "", "", "", ""))
+            for quality in target.quality:
+                rows.append((*head, *_cells(quality)))
+        columns = ("target", "method", "size", "bpw", "perplexity", "vs source", "mean KL", "same top-1")
+        return Table("result", columns, tuple(rows), tuple(self._notes()))
+
+    def _notes(self) -> list[str]:
+        notes = []
+        conventions = dict.fromkeys(q.convention for t in self.targets for q in t.quality)
+        if conventions:
+            notes.append(f"perplexity: {', '.join(conventions)}; ± is one standard error; KL in nats per token")
+        for target in self.targets:
+            if target.fallbacks:
+                notes.append(f"{target.name}: {target.fallbacks} weights needed help, see report.json")
+            if any(q.ratio.value < 1 - 2 * q.ratio.error for q in target.quality):
+                notes.append(
+                    f"{target.name}: perplexity lies below the source's: the calibration text resembles the "
+                    "evaluation text; rank by KL"
+                )
+        return notes
+
+
+def check_gates(report: Report, gates: Gates) -> None:
+    """GateError naming every limit that a target breaks."""
+    broken = []
+    for target in report.targets:
+        for q in target.quality:
+            checks = (
+                ("ppl_ratio_max", q.ratio.value, gates.ppl_ratio_max, 1),
+                ("kl_mean_max", q.kl_mean, gates.kl_mean_max, 1),
+                ("top1_agreement_min", q.top1_agreement, gates.top1_agreement_min, -1),
+            )
+            for name, value, limit, sign in checks:
+                if limit is not None and sign * value > sign * limit:
+                    broken.append(f"{target.name}: {name} is {limit:g}, measured {value:.4g} on {q.convention}")
+    if broken:
+        raise GateError("\n".join(broken), remedy="the files are kept; change the target or the gate")
+
+
+def _source_cells(q: Quality) -> tuple[str, str, str, str]:
+    return (f"{q.source.value:.3f} ± {q.source.error:.3f}", "", "", "")
+
+
+def _cells(q: Quality) -> tuple[str, str, str, str]:
+    return (
+        f"{q.target.value:.3f} ± {q.target.error:.3f}",
+        f"{100 * (q.ratio.value - 1):+.2f} ± {100 * q.ratio.error:.2f} %",
+        f"{q.kl_mean:.5f}",
+        f"{100 * q.top1_agreement:.2f} %",
+    )

@@ -1,0 +1,250 @@
+"""The sweep: the model goes through the machine one block at a time, once, for all targets.
+
+At each block: run the reference stream and gather statistics, let every target choose its codes,
+run every target's own stream through its quantized block, commit. What crosses from one block to the
+next is exactly the streams. Statistics are gathered in waves that fit the memory budget; a wave's
+sites are quantized before the next wave runs, so no more than one wave is alive.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from quantkit.calibrate.record import Recorder
+from quantkit.calibrate.statistics import Need, Statistics
+from quantkit.errors import Interrupted, NumericsError
+from quantkit.model.graph import Block, Site
+from quantkit.model.runtime import LoadedBlock, Runtime
+from quantkit.recipe.plan import TargetPlan
+from quantkit.run.advance import Dequantized, Streams
+from quantkit.run.budget import waves
+from quantkit.run.progress import BlockError, BlockInfo, Progress
+from quantkit.run.quantize import Made, TensorMetrics, quantize_site
+from quantkit.run.store import RunStore
+from quantkit.run.streams import REFERENCE, RowSet
+from quantkit.tensors import QuantizedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """What the sweep is to do. `keys` maps target names to their store keys."""
+
+    targets: tuple[TargetPlan, ...]
+    keys: Mapping[str, str]
+    streams_key: str
+    calibration: RowSet | None
+    evaluation: tuple[RowSet, ...]
+    statistics_bytes: int
+
+    def stream_rows(self) -> Iterator[tuple[str, RowSet]]:
+        """Every (stream, rows) that travels from block to block; a target's stream is named by its key."""
+        if self.calibration is not None and any(t.needs and not t.target.feedback for t in self.targets):
+            yield REFERENCE, self.calibration
+        for rows in self.evaluation:
+            yield REFERENCE, rows
+        for target in self.targets:
+            own = self.keys[target.name]
+            if self.calibration is not None and target.needs and target.target.feedback:
+                yield own, self.calibration
+            for rows in self.evaluation:
+                yield own, rows
+
+
+class Sweep:
+    """One pass over the blocks for the targets of a SweepPlan."""
+
+    def __init__(
+        self, plan: SweepPlan, runtime: Runtime, blocks: Sequence[Block], store: RunStore, streams: Streams
+    ) -> None:
+        self._plan, self._runtime, self._blocks = plan, runtime, blocks
+        self._store, self._streams = store, streams
+
+    def run(self, progress: Progress, stop: Event) -> None:
+        """Quantize what is not in the store yet and leave the streams behind the last block.
+
+        Raises Interrupted after the commit of the block at work when `stop` is set.
+        """
+        blocks = len(self._blocks)
+        done = {t.name: self._store.done(self._plan.keys[t.name], blocks) for t in self._plan.targets}
+        start = self._first_block(done)
+        progress.start(sum(_parameters(b) for b in self._blocks), blocks)
+        for block in self._blocks[:start]:
+            progress.block(block.index, BlockInfo(0.0, _parameters(block)))
+        if start:
+            progress.note(f"continuing at block {start} of {blocks}: everything before it is committed")
+        else:
+            self._embed()
+        for block in self._blocks[start:]:
+            began = time.monotonic()
+            stored = {t.name for t in self._plan.targets if done[t.name] > block.index}
+            made = self._block(block, stored, progress)
+            progress.block(block.index, _info(block, made, time.monotonic() - began))
+            if stop.is_set():
+                raise Interrupted(
+                    f"stopped after block {block.index + 1} of {blocks}, which is committed",
+                    remedy="run the same command again: it continues with the next block",
+                )
+
+    def _first_block(self, done: Mapping[str, int]) -> int:
+        """The block from which everything that is needed is at hand."""
+        needed = [self._streams.name(stream, rows) for stream, rows in self._plan.stream_rows()]
+        if not needed:
+            return min(done.values())
+        return min(self._store.generation(self._plan.streams_key, needed), *done.values())
+
+    def _embed(self) -> None:
+        every = {rows.name: rows for _, rows in self._plan.stream_rows()}
+        for rows in every.values():
+            tokens = (rows.tokens[part] for part in rows.batches(self._streams.batch_tokens))
+            self._streams.write(0, REFERENCE, rows, (self._runtime.embed(t) for t in tokens))
+        self._runtime.release_embed()
+        self._streams.take_written()
+
+    def _block(self, block: Block, stored: set[str], progress: Progress) -> dict[str, list[Made]]:
+        fresh = [t for t in self._plan.targets if t.name not in stored]
+        loaded = self._runtime.load(block.index)
+        made: dict[str, list[Made]] = {t.name: [] for t in fresh}
+        self._reference(loaded, block, [t for t in fresh if not t.target.feedback], made)
+        for target in fresh:
+            if target.target.feedback:
+                self._collect(loaded, block, self._plan.keys[target.name], [target], made)
+        _report(made, progress)
+        linears = {name: [m.linear for m in results] for name, results in made.items()}
+        for name in stored:
+            linears[name] = self._store.load(self._plan.keys[name], block.index)
+        self._advance_targets(loaded, block.index, linears)
+        self._store.commit(
+            block.index,
+            {
+                self._plan.keys[name]: (linears[name], {"tensors": [m.metrics.to_json() for m in results]})
+                for name, results in made.items()
+            },
+            self._plan.streams_key,
+            self._streams.take_written(),
+        )
+        return made
+
+    def _reference(
+        self, loaded: LoadedBlock, block: Block, fresh: Sequence[TargetPlan], made: dict[str, list[Made]]
+    ) -> None:
+        """Statistics of the reference stream and codes from them; the last wave moves the rows on."""
+        travels = {(stream, rows.name) for stream, rows in self._plan.stream_rows()}
+        if self._plan.calibration is not None and (REFERENCE, self._plan.calibration.name) in travels:
+            self._collect(loaded, block, REFERENCE, fresh, made)
+        else:
+            self._quantize(block.sites, None, loaded, fresh, made)
+        for rows in self._plan.evaluation:
+            self._streams.advance(block.index, REFERENCE, rows, loaded.run)
+
+    def _collect(
+        self,
+        loaded: LoadedBlock,
+        block: Block,
+        stream: str,
+        targets: Sequence[TargetPlan],
+        made: dict[str, list[Made]],
+    ) -> None:
+        """Run calibration rows of a stream through the untouched block, wave by wave, and quantize."""
+        rows = self._plan.calibration
+        if rows is None:
+            raise ValueError("statistics are wanted, and there are no calibration rows")
+        needs = _needs(block.sites, targets)
+        moves = stream == REFERENCE
+        for wave in waves(block.sites, needs, self._plan.statistics_bytes):
+            last = wave[-1] is block.sites[-1]
+            widths = {site.id: site.width for site in wave}
+            recorder = Recorder(widths, {site.id: needs[site.id] for site in wave}, self._runtime.device)
+            outputs = (
+                loaded.run(states, recorder)
+                for _, states in self._streams.batches(block.index, stream, rows)
+            )
+            if last and moves:
+                self._streams.write(block.index + 1, stream, rows, _finite(outputs, block, stream))
+            else:
+                for _ in outputs:
+                    pass
+            self._quantize(wave, recorder, loaded, targets, made)
+
+    def _quantize(
+        self,
+        sites: Sequence[Site],
+        recorder: Recorder | None,
+        loaded: LoadedBlock,
+        targets: Sequence[TargetPlan],
+        made: dict[str, list[Made]],
+    ) -> None:
+        for site in sites:
+            stats: Statistics | None = None if recorder is None else recorder.take(site.id)
+            for name, results in quantize_site(site, stats, loaded.weight, targets).items():
+                made[name] += results
+
+    def _advance_targets(
+        self, loaded: LoadedBlock, block: int, linears: Mapping[str, Sequence[QuantizedLinear]]
+    ) -> None:
+        """Every target's own rows through its quantized block."""
+        for target in self._plan.targets:
+            key = self._plan.keys[target.name]
+            own = [rows for stream, rows in self._plan.stream_rows() if stream == key]
+            if not own:
+                continue
+            by_key = {linear.name: linear for linear in linears[target.name]}
+            with loaded.replaced(Dequantized(by_key, self._runtime.dtype, self._runtime.device)):
+                for rows in own:
+                    self._streams.advance(block, key, rows, loaded.run)
+
+
+def _needs(sites: Sequence[Site], targets: Sequence[TargetPlan]) -> dict[str, Need]:
+    """Per site, the union over the targets that quantize something there.
+
+    Mean squares are always taken: they cost nothing and give every target an honest error figure.
+    """
+    union: dict[str, Need] = {}
+    for site in sites:
+        need = Need.SQUARES
+        for target in targets:
+            if any(target.scheme_of(weight) for weight in site.weights):
+                need |= target.needs
+        union[site.id] = need
+    return union
+
+
+def _finite(outputs: Iterator[Tensor], block: Block, stream: str) -> Iterator[Tensor]:
+    for states in outputs:
+        if not bool(torch.isfinite(states).all()):
+            raise NumericsError(
+                f"block {block.index} put out non-finite hidden states on stream `{stream}`",
+                remedy="run the forward pass in float32: --dtype float32",
+            )
+        yield states
+
+
+def _parameters(block: Block) -> int:
+    return sum(w.shape[0] * w.shape[1] for w in block.weights())
+
+
+def _report(made: Mapping[str, Sequence[Made]], progress: Progress) -> None:
+    for target, results in made.items():
+        for result in results:
+            progress.tensor(target, result.metrics.name, result.metrics.error)
+
+
+def _info(block: Block, made: Mapping[str, Sequence[Made]], seconds: float) -> BlockInfo:
+    errors: dict[str, BlockError] = {}
+    fallbacks = 0
+    for target, results in made.items():
+        metrics: list[TensorMetrics] = [r.metrics for r in results]
+        if metrics:
+            worst = max(metrics, key=lambda m: m.error)
+            mean = sum(m.error for m in metrics) / len(metrics)
+            errors[target] = BlockError(mean, worst.error, worst.name)
+            fallbacks += sum(m.note is not None for m in metrics)
+    # ru_maxrss counts KiB on Linux
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return BlockInfo(seconds, _parameters(block), errors, rss_bytes=rss, fallbacks=fallbacks)

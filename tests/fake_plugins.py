@@ -1,0 +1,63 @@
+"""Stand-ins for methods and formats, so that recipe tests need neither torch nor real plugins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import pytest
+
+from quantkit import registry
+from quantkit.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class GptqParams:
+    damp: float = 0.01
+    act_order: Literal["none", "static"] = "none"
+    batch_columns: int = 128
+    plain: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.damp <= 0:
+            raise RecipeError(f"damp must be positive, not {self.damp}")
+
+
+@dataclass(frozen=True, slots=True)
+class RtnParams:
+    scales: Literal["absmax", "mse"] = "absmax"
+
+
+def _module(**values: object) -> ModuleType:
+    module = ModuleType("fake")
+    vars(module).update(values)
+    return module
+
+
+FAKES = {
+    "methods": {
+        "gptq": _module(Params=GptqParams, SUMMARY="error feedback"),
+        "rtn": _module(Params=RtnParams, SUMMARY="nearest"),
+    },
+    "formats": {
+        "gptq": _module(
+            SUMMARY="GPTQ files", DEFAULT_METHOD="gptq", DEFAULT_SCHEME="w4g128", PRESETS=("w4g128", "w8g128")
+        ),
+        "compressed_tensors": _module(
+            SUMMARY="vLLM files", DEFAULT_METHOD="rtn", DEFAULT_SCHEME="w8", PRESETS=("w8", "w4g128")
+        ),
+    },
+}
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the registry see only the fakes; its own error messages stay in use."""
+    monkeypatch.setattr(registry, "names", lambda kind: tuple(sorted(FAKES[kind])))
+    real = registry.load
+
+    def load(kind: registry.Kind, name: str) -> ModuleType:
+        return FAKES[kind][name] if name in FAKES[kind] else real(kind, name)
+
+    monkeypatch.setattr(registry, "load", load)

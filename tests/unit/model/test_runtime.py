@@ -1,0 +1,341 @@
+"""Block by block equals the whole model; what is recorded equals what hooks see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, save_tiny, tiny_tokens
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import NumericsError
+from quantkit.model.build import build_graph
+from quantkit.model.runtime import LoadedBlock, Runtime
+
+CPU = torch.device("cpu")
+
+
+def open_runtime(folder: Path, dtype: torch.dtype = torch.float32) -> Runtime:
+    checkpoint = Checkpoint.open(folder)
+    return Runtime(checkpoint, build_graph(checkpoint), dtype=dtype, device=CPU)
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def block_by_block(runtime: Runtime, tokens: Tensor) -> Tensor:
+    hidden = runtime.embed(tokens)
+    runtime.release_embed()
+    for index in range(len(runtime.graph.blocks)):
+        hidden = runtime.load(index).run(hidden)
+    return runtime.logits(hidden)
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    return load_file(folder / "model.safetensors")[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path)
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        expected = reference(folder)(tokens).logits
+    found = block_by_block(open_runtime(folder), tokens)
+    # The same kernels run on the same values, so most families agree bit for bit. Experts run one
+    # by one here and grouped there: sums of fp32 products in another order, hence some ulps.
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3", "gpt2"])
+def test_bfloat16_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path)
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        expected = reference(folder, torch.bfloat16)(tokens).logits
+    found = block_by_block(open_runtime(folder, torch.bfloat16), tokens)
+    # bf16 has 8 bits: one ulp is 2⁻⁸ of the scale, and grouped experts may round twice differently.
+    assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_parameters_that_stay_in_fp32(tmp_path: Path) -> None:
+    folder = save_tiny("deepseek_v3", tmp_path)
+    block = open_runtime(folder, torch.bfloat16).load(1)
+    state = block._module.state_dict()
+    assert state["mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert state["mlp.gate.weight"].dtype == torch.bfloat16
+
+
+def test_nothing_depends_on_other_rows_or_on_the_past(tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny("gemma2", tmp_path))
+    tokens = tiny_tokens(rows=2)
+    first = block_by_block(runtime, tokens)
+    block_by_block(runtime, tiny_tokens(rows=3, length=11, seed=5))
+    assert torch.equal(block_by_block(runtime, tokens), first)
+
+
+def test_resumed_without_embedding_first(tmp_path: Path) -> None:
+    folder = save_tiny("qwen3", tmp_path)
+    runtime = open_runtime(folder)
+    hidden = runtime.embed(tiny_tokens())
+    expected = runtime.load(1).run(runtime.load(0).run(hidden))
+    resumed = open_runtime(folder)
+    assert torch.equal(resumed.load(1).run(resumed.load(0).run(hidden)), expected)
+
+
+# --- recording ---------------------------------------------------------------
+
+
+def recorded_grams(runtime: Runtime, tokens: Tensor) -> dict[str, Tensor]:
+    """Site → Σ x xᵀ over the run, in fp32, one addition per call of the recorder."""
+    grams: dict[str, Tensor] = {}
+
+    def record(site: str, x: Tensor) -> None:
+        assert x.dim() == 2
+        grams[site] = grams.get(site, 0) + x.T @ x
+
+    hidden = runtime.embed(tokens)
+    for index in range(len(runtime.graph.blocks)):
+        hidden = runtime.load(index).run(hidden, record)
+    return grams
+
+
+def hooked_grams(model: PreTrainedModel, tokens: Tensor, kind: type[nn.Module]) -> dict[str, Tensor]:
+    """Module name → Σ x xᵀ of its input, by forward hooks."""
+    grams: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(_module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            grams[name] = x.T @ x
+
+        return seen
+
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(hook(name))
+    with torch.no_grad():
+        model(tokens)
+    return grams
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "opt", "phi3", "starcoder2", "gpt2"])
+def test_recorded_grams_equal_those_of_hooks(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path)
+    runtime = open_runtime(folder)
+    model = reference(folder)
+    kind = type(model.transformer.h[0].mlp.c_fc) if family == "gpt2" else nn.Linear
+    hooked = hooked_grams(model, tiny_tokens(), kind)
+    recorded = recorded_grams(runtime, tiny_tokens())
+    compared = 0
+    for block in runtime.graph.blocks:
+        for site in block.sites:
+            for weight in site.weights:
+                assert torch.equal(recorded[site.id], hooked[weight.module])
+                compared += 1
+    assert compared == len([name for name in hooked if ".0." in name or ".1." in name])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_each_expert_records_its_own_tokens(family: str, tmp_path: Path) -> None:
+    """Each routed token appears at exactly top-k experts, and `down` sees as many rows as `gate`."""
+    folder = save_tiny(family, tmp_path)
+    runtime = open_runtime(folder)
+    tokens = tiny_tokens()
+    rows: dict[str, list[int]] = {}
+    hidden = runtime.embed(tokens)
+    for index in range(2):
+        hidden = runtime.load(index).run(hidden, lambda s, x: rows.setdefault(s, []).append(x.shape[0]))
+    assert all(len(calls) == 1 for calls in rows.values())
+    up = {s: n for s, (n,) in rows.items() if "experts" in s and "shared" not in s and ".1." in s}
+    gates = [n for s, n in up.items() if not s.split("experts")[1].count("down") and not s.endswith("w2")]
+    downs = [n for s, n in up.items() if s.split("experts")[1].count("down") or s.endswith("w2")]
+    assert gates == downs
+    assert sum(gates) == 2 * tokens.numel()
+
+
+def test_an_expert_without_tokens_is_not_called(tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny("mixtral", tmp_path))
+    hidden = runtime.embed(tiny_tokens(rows=1, length=1))
+    seen: list[str] = []
+    runtime.load(0).run(hidden, lambda site, _x: seen.append(site))
+    assert len([site for site in seen if site.endswith("w1+w3")]) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_activations_reproduce_the_products(family: str, tmp_path: Path) -> None:
+    """Independent of names and hooks: changing one weight along what a site never sees changes nothing."""
+    runtime = open_runtime(save_tiny(family, tmp_path))
+    tokens = tiny_tokens(rows=1, length=8)  # fewer tokens than inputs, so a null space exists
+    hidden = runtime.embed(tokens)
+    block = runtime.load(0)
+    inputs: dict[str, Tensor] = {}
+    expected = block.run(hidden, lambda site, x: inputs.update({site: x.clone()}))
+    blind: dict[str, Tensor] = {}
+    seeing: dict[str, Tensor] = {}
+    for site in block.block.sites:
+        if site.id not in inputs:
+            continue
+        *_, basis = torch.linalg.svd(inputs[site.id].double())
+        # expert sites may have fewer rows still; the last row of V is orthogonal to every input
+        for weight in site.weights:
+            value = block.weight(weight)
+            ones = torch.ones(weight.shape[0], 1)
+            blind[weight.key] = value + (ones.double() @ basis[-1:]).float()
+            seeing[weight.key] = value + (ones.double() @ basis[:1]).float()
+    blind = {key: value.clone() for key, value in blind.items()}
+    with block.replaced(blind):
+        same = block.run(hidden)
+    with block.replaced(seeing):
+        other = block.run(hidden)
+    scale = expected.abs().max()
+    # fp32 products of rows orthogonal to 1e-7 of their length, through a dozen matrices
+    assert (same - expected).abs().max() <= 1e-4 * scale
+    assert (other - expected).abs().max() >= 1e-2 * scale
+
+
+# --- weights and replacement --------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_returns_the_values_on_disk(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    runtime = open_runtime(folder)
+    for index in range(2):
+        block = runtime.load(index)
+        for weight in block.block.weights():
+            stored = tensors[weight.name]
+            if weight.part is not None:
+                stored = stored if weight.part.expert is None else stored[weight.part.expert]
+                stored = stored.T if weight.part.transposed else stored
+            assert torch.equal(block.weight(weight), stored)
+
+
+def every_weight_changed(block: LoadedBlock) -> dict[str, Tensor]:
+    return {w.key: (block.weight(w) * 1.5 + 0.01).contiguous() for w in block.block.weights()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaced_changes_and_restores_exactly(family: str, tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny(family, tmp_path))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(1)
+    before = block.run(hidden)
+    new = every_weight_changed(block)
+    with block.replaced(new) as inside:
+        changed = inside.run(hidden)
+        assert all(torch.equal(inside.weight(w), new[w.key]) for w in block.block.weights())
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    assert torch.equal(block.run(hidden), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "mixtral"])
+def test_replaced_equals_a_model_saved_with_these_values(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path)
+    runtime = open_runtime(folder)
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    new = every_weight_changed(block)
+    with block.replaced(new):
+        found = block.run(hidden)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for weight in block.block.weights():
+        value = new[weight.key]
+        target = tensors[weight.name]
+        if weight.part is not None:
+            value = value.T if weight.part.transposed else value
+            target = target if weight.part.expert is None else target[weight.part.expert]
+        target.copy_(value)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert torch.equal(found, open_runtime(folder).load(0).run(hidden))
+
+
+def test_replaced_one_after_another(tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny("llama", tmp_path))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    new = every_weight_changed(block)
+    q, down = block.block.sites[0].weights[0].key, block.block.sites[3].weights[0].key
+    with block.replaced({down: new[down]}):
+        only_down = block.run(hidden)
+    with block.replaced({q: new[q]}):
+        block.run(hidden)
+    with block.replaced(iter([(down, new[down])])):
+        assert torch.equal(block.run(hidden), only_down)
+
+
+def test_replaced_restores_after_an_exception(tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny("llama", tmp_path))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    before = block.run(hidden)
+    key = block.block.sites[0].weights[0].key
+    with pytest.raises(ZeroDivisionError), block.replaced({key: torch.zeros(64, 64)}):
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match=r"has shape \(64, 64\), not \(2, 2\)"), block.replaced(
+        {key: torch.zeros(2, 2)}
+    ):
+        pass
+    assert torch.equal(block.run(hidden), before)
+
+
+# --- memory and damage --------------------------------------------------------
+
+
+def test_blocks_are_not_kept(tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny("llama", tmp_path))
+    hidden = runtime.embed(tiny_tokens())
+    runtime.load(0).run(hidden)
+    runtime.release_embed()
+    large = [
+        name
+        for name, p in runtime.skeleton.model.named_parameters()
+        if not p.is_meta and p.numel() > 64
+    ]
+    assert large == []
+    assert all(p.is_meta for block in runtime.skeleton.blocks for p in block.parameters())
+
+
+def test_tied_ends_share_memory_and_release_apart(tmp_path: Path) -> None:
+    runtime = open_runtime(save_tiny("gemma2", tmp_path))
+    tokens = tiny_tokens()
+    expected = block_by_block(runtime, tokens)
+    runtime.embed(tokens)
+    head, embed = (runtime.skeleton.model.get_parameter(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert head.data_ptr() == embed.data_ptr()
+    runtime.release_head()
+    assert torch.equal(block_by_block(runtime, tokens), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_weights_are_named(bad: float, tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    tensors[name][5, 7] = bad
+    save_file(tensors, file, metadata={"format": "pt"})
+    runtime = open_runtime(folder)
+    runtime.load(0)
+    with pytest.raises(NumericsError, match=rf"`{name}` is (nan|inf) at index \[5, 7\]"):
+        runtime.load(1)
+
+
+def test_overflow_in_float16_is_named(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][3, 2] = 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=rf"`{name}` is inf in float16 at index \[3, 2\]"):
+        open_runtime(folder, torch.float16).load(0)
