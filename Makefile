@@ -28,11 +28,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.memory
 
 gpu: $(STAMP)
-	$(BIN)/python benchmarks/gpu/run.py
+	$(BIN)/python -m benchmarks.gpu.run
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

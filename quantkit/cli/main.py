@@ -31,7 +31,7 @@ COMMANDS = {
         "plan": "Show sizes, memory and problems of a conversion without doing it.",
     },
     "Look": {
-        "inspect": "Show what a model folder holds: architecture, dtypes, quantization.",
+        "inspect": "Show what a model FOLDER holds: architecture, dtypes, quantization.",
         "formats": "List formats, their presets and methods.",
         "recipes": "List, copy and check recipes.",
     },

@@ -189,7 +189,9 @@ class Bar(Off):
         return self
 
     def step(self, name: str, detail: str = "") -> None:
-        self._bar.update(self._task, description=name, total=None, count=detail, eta="")
+        # A new task, because rich cannot take the total of a task away again.
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=None, count=detail, eta="")
 
     def start(self, total_parameters: int, blocks: int) -> None:
         self._eta, self._blocks = Eta(total_parameters), blocks

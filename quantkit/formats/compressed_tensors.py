@@ -11,7 +11,7 @@ written int-quantized, everything else pack-quantized.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,12 @@ class CompressedTensors:
         if packed is None:
             out, width = tensors[f"{base}.weight"].shape
             return (out, width), 8
-        bits = next((g["weights"]["num_bits"] for g in _groups_of(base, config)), 8)
-        return (packed.shape[0], packed.shape[1] * 32 // bits), bits
+        weights = next((g["weights"] for g in _groups_of(base, config)), {"num_bits": 8})
+        bits = int(weights["num_bits"])
+        groups = tensors[f"{base}.weight_scale"].shape[1]
+        # one scale per row leaves only the words to count, which pad a width that is no multiple of 32
+        width = groups * (weights.get("group_size") or packed.shape[1] * 32 // bits)
+        return (packed.shape[0], width), bits
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedLinear:
         base = name.removesuffix(".weight")
@@ -133,7 +137,7 @@ class CompressedTensors:
             return QuantizedLinear(name, Affine(codes, 8, scale.view(-1, groups), group))
         out, width = (int(n) for n in tensors[f"{base}.weight_shape"])
         packed = tensors[f"{base}.weight_packed"]
-        bits = _bits_of(packed.shape[1], width)
+        bits = _bits_of(packed.shape[1], width, _groups_of(base, config))
         codes = unpack(packed, bits, width)
         middle = 1 << (bits - 1)
         zeros = tensors.get(f"{base}.weight_zero_point")
@@ -213,9 +217,12 @@ def _targets(target: str, module: str) -> bool:
     return target == module
 
 
-def _bits_of(words: int, width: int) -> int:
-    """Width of a code, from the words a row takes: the only unknown of the dense packing."""
-    for bits in range(1, 9):
+def _bits_of(words: int, width: int, groups: Sequence[Mapping[str, Any]]) -> int:
+    """Width of a code: what the config says if the words a row takes agree, else what they imply.
+
+    The words alone are ambiguous below 32 codes.
+    """
+    for bits in (*(int(g["weights"]["num_bits"]) for g in groups), *range(1, 9)):
         if packed_width(width, bits) == words:
             return bits
     raise UnsupportedError(f"{words:,} words for {width:,} codes is no dense packing of 1 to 8 bits")

@@ -120,7 +120,8 @@ class Gptq:
         trivial = torch.arange(width, dtype=torch.int32) // columns
         g_idx = tensors.get(f"{base}.g_idx", trivial)
         middle = 1 << (bits - 1)
-        signed = bool((zeros == middle).all())
+        # an asymmetric scheme may happen to need the middle everywhere: the config says which it is
+        signed = _sym(base, config) and bool((zeros == middle).all())
         return QuantizedLinear(
             name,
             Affine(
@@ -135,6 +136,13 @@ class Gptq:
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         default = facts.default
+        for a in facts.assigned:
+            if a.scheme is not None and a.scheme.sym != default.sym:
+                raise UnsupportedError(
+                    f"gptq stores zero points one way per file, and `{a.weight.key}` is {a.scheme.name} "
+                    f"where the target is {default.name}",
+                    remedy="use one of symmetric and _asym for all weights, or compressed_tensors",
+                )
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": default.bits,
@@ -224,8 +232,16 @@ def _suffix(weight: Weight) -> str:
     return re.sub(r"^.*?\.\d+\.", "", weight.module, count=1)
 
 
-def _bits(base: str, config: Mapping[str, Any]) -> int:
+def _override(base: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     for pattern, override in (config.get("dynamic") or {}).items():
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), base):
-            return int(override.get("bits", config["bits"]))
-    return int(config["bits"])
+            return dict(override)
+    return {}
+
+
+def _bits(base: str, config: Mapping[str, Any]) -> int:
+    return int(_override(base, config).get("bits", config["bits"]))
+
+
+def _sym(base: str, config: Mapping[str, Any]) -> bool:
+    return bool(_override(base, config).get("sym", config.get("sym", True)))

@@ -120,6 +120,8 @@ class Gptq:
             raise NumericsError("gptq needs calibration, and no token reached this site")
         gram = stats.gram / stats.tokens
         importance = gram.diagonal().clone()
+        if not bool(torch.isfinite(importance).all()):
+            raise NumericsError("the gram of this site holds non-finite values")
         cholesky.revive_(gram)
         if not self.params.plain:
             cholesky.shrink_(gram, stats.tokens)

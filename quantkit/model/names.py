@@ -30,13 +30,13 @@ from quantkit.model.graph import Part, Role
 
 # Role → endings of module names, numbers left out; the first ending that fits decides.
 _ROLES: Mapping[Role, tuple[str, ...]] = {
-    "router": ("router", "router.layer", "router.classifier", "gate", "shared_expert_gate"),
+    "router": ("router", "router.layer", "router.classifier", "gate", "gate.wg", "shared_expert_gate"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"),
     "q": ("q_proj", "q_a_proj", "q_b_proj", "wq", "query"),
     "k": ("k_proj", "wk", "key"),
     "v": ("v_proj", "wv", "value"),
-    "o": ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "wo"),
-    "gate_up": ("gate_up_proj", "gate_and_up_proj"),
+    "o": ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense", "wo"),
+    "gate_up": ("gate_up_proj", "gate_and_up_proj", "block_sparse_moe.input_linear"),
     "gate": ("gate_proj", "experts.w1", "feed_forward.w1", "mlp.w1"),
     "up": ("up_proj", "experts.w3", "feed_forward.w3", "mlp.w3", "fc1", "c_fc", "dense_h_to_4h", "fc_in"),
     "down": (
@@ -48,6 +48,7 @@ _ROLES: Mapping[Role, tuple[str, ...]] = {
         "mlp.c_proj",
         "dense_4h_to_h",
         "fc_out",
+        "block_sparse_moe.output_linear",
     ),
 }
 
@@ -123,7 +124,7 @@ class Layout:
 
 def role_of(module: str) -> Role:
     """Role of a matrix inside a block, from its module name; "other" when nothing matches."""
-    path = "." + re.sub(r"\.\d+(?=\.)|\[\d+\]$", "", module)
+    path = "." + re.sub(r"\.\d+(?=\.)|(\.weight)?\[\d+\]$", "", module)
     roles = (role for role, endings in _ROLES.items() if path.endswith(tuple(f".{e}" for e in endings)))
     return next(roles, "other")
 

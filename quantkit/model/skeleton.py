@@ -178,7 +178,8 @@ class Skeleton:
 
 def _config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The Transformers config; code that comes with the checkpoint is never looked at."""
-    values = copy.deepcopy(dict(checkpoint.config))
+    decode: Any = PretrainedConfig._decode_special_floats  # {"__float__": "Infinity"}, which JSON lacks
+    values = decode(copy.deepcopy(dict(checkpoint.config)))
     kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise UnsupportedError(

@@ -67,13 +67,18 @@ def choose(
 ) -> tuple[Tensor, Tensor | None]:
     """(scale, zero point or None) of each grid.
 
-    w (…, g) fp32; importance broadcastable to w, used by ``weighted`` only, which requires it.
+    w (…, g) fp32; importance broadcastable to w, used by ``weighted`` only, which requires it. Raises
+    NumericsError when either holds non-finite values, which no comparison of errors would notice.
     """
+    if not bool(torch.isfinite(w).all()):
+        raise NumericsError("the weights hold non-finite values")
     if scales == "absmax":
         return (absmax(w, bits, dtype), None) if sym else minmax(w, bits, dtype)
     if scales == "weighted":
         if importance is None:
             raise NumericsError("weighted scales need the importance of the inputs, and there is none")
+        if not bool(torch.isfinite(importance).all()):
+            raise NumericsError("the importance of the inputs holds non-finite values")
         importance = _floored(importance)
     else:
         importance = None
@@ -97,7 +102,11 @@ def _floored(importance: Tensor) -> Tensor:
 def _search(
     w: Tensor, v: Tensor | None, bits: int, sym: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Best grid per row of w (rows, g) by v-weighted squared error: a list of candidates, one refit each."""
+    """Best grid per row of w (rows, g) by v-weighted squared error: a list of candidates, one refit each.
+
+    The plain scale is the last candidate, compared as stored: neither the spacing of the list nor the
+    rounding of the refit can make the search worse than it.
+    """
     vw = w if v is None else v * w
     best_gain = torch.full((w.shape[0], 1), -1.0, device=w.device)
     best_scale = torch.ones_like(best_gain)
@@ -116,7 +125,17 @@ def _search(
         best_scale = torch.where(better, refit, best_scale)
         if best_zero is not None and zero is not None:
             best_zero = torch.where(better, zero, best_zero)
-    return round_scale(best_scale, dtype), best_zero
+    found = round_scale(best_scale, dtype)
+    plain, plain_zero = (absmax(w, bits, dtype), None) if sym else minmax(w, bits, dtype)
+    worse = _error(w, v, found, best_zero, bits) > _error(w, v, plain, plain_zero, bits)
+    if best_zero is not None and plain_zero is not None:
+        best_zero = torch.where(worse, plain_zero, best_zero)
+    return torch.where(worse, plain, found), best_zero
+
+
+def _error(w: Tensor, v: Tensor | None, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    square = (affine.restore(affine.steps(w, scale, zero, bits), scale, zero) - w).square_()
+    return (square if v is None else square.mul_(v)).sum(-1, keepdim=True)
 
 
 def _candidates(w: Tensor, bits: int, sym: bool) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quantkit.checkpoint.atomic import fsync_dir, write_bytes, write_error
 from quantkit.errors import ResumeError, UsageError
@@ -46,6 +46,7 @@ class RunStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._state = _State()
+        self._held: IO[str] | None = None
 
     @classmethod
     def open(cls, root: Path, *, restart: bool = False) -> RunStore:
@@ -60,17 +61,20 @@ class RunStore:
 
     def _lock(self) -> None:
         """Two runs in one folder would undo each other; the lock dies with the process that holds it."""
-        self._held = (self.root / "lock").open("w")
+        held = (self.root / "lock").open("w")
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            held.close()
             raise UsageError(
                 f"another run is at work in `{self.root}`", remedy="wait for it, or give another --output"
             ) from error
+        self._held = held
 
     def close(self) -> None:
         """Let other runs use the folder."""
-        self._held.close()
+        if self._held is not None:
+            self._held.close()
 
     def done(self, target: str, blocks: int) -> int:
         """How many leading blocks of a target key are committed, their files intact."""

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph, Part, Site
+from tests.models import FAMILIES, save_tiny
+
+Saved = Callable[[str], Path]
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -49,15 +51,17 @@ def site(found: ModelGraph, block: int, ending: str) -> Site:
     return next(s for s in found.blocks[block].sites if s.id.endswith(ending))
 
 
-def test_llama_by_hand(tmp_path: Path) -> None:
-    found = graph(save_tiny("llama", tmp_path))
+def test_llama_by_hand(saved: Saved) -> None:
+    found = graph(saved("llama"))
     assert [s.id for s in found.blocks[1].sites] == [
         "model.layers.1.self_attn.q_proj+k_proj+v_proj",
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.gate_proj+up_proj",
         "model.layers.1.mlp.down_proj",
     ]
-    assert [[(w.name.split(".", 3)[3], w.shape, w.role) for w in s.weights] for s in found.blocks[1].sites] == [
+    assert [
+        [(w.name.split(".", 3)[3], w.shape, w.role) for w in s.weights] for s in found.blocks[1].sites
+    ] == [
         [
             ("self_attn.q_proj.weight", (64, 64), "q"),
             ("self_attn.k_proj.weight", (32, 64), "k"),
@@ -86,8 +90,8 @@ def test_llama_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_exactly_once(family: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(save_tiny(family, tmp_path))
+def test_every_tensor_exactly_once(family: str, saved: Saved) -> None:
+    checkpoint = Checkpoint.open(saved(family))
     found = build_graph(checkpoint)
     in_sites = {w.name for w in found.weights()}
     kept = [name for block in found.blocks for name in block.kept]
@@ -101,8 +105,8 @@ def test_every_tensor_exactly_once(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_matrices_left_out_have_a_reason(family: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(save_tiny(family, tmp_path))
+def test_matrices_left_out_have_a_reason(family: str, saved: Saved) -> None:
+    checkpoint = Checkpoint.open(saved(family))
     found = build_graph(checkpoint)
     for block in found.blocks:
         matrices = {name for name in block.kept if len(checkpoint.tensors[name].shape) > 1}
@@ -113,8 +117,8 @@ def test_matrices_left_out_have_a_reason(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shapes_and_orientation_follow_the_file(family: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(save_tiny(family, tmp_path))
+def test_shapes_and_orientation_follow_the_file(family: str, saved: Saved) -> None:
+    checkpoint = Checkpoint.open(saved(family))
     for weight in build_graph(checkpoint).weights():
         rows, columns = checkpoint.tensors[weight.name].shape[-2:]
         transposed = weight.part is not None and weight.part.transposed
@@ -123,8 +127,8 @@ def test_shapes_and_orientation_follow_the_file(family: str, tmp_path: Path) -> 
         assert weight.role != "router"
 
 
-def test_cohere_five_weights_share_one_activation(tmp_path: Path) -> None:
-    found = graph(save_tiny("cohere", tmp_path))
+def test_cohere_five_weights_share_one_activation(saved: Saved) -> None:
+    found = graph(saved("cohere"))
     assert [[w.role for w in s.weights] for s in found.blocks[0].sites] == [
         ["q", "k", "v", "gate", "up"],
         ["o"],
@@ -132,8 +136,8 @@ def test_cohere_five_weights_share_one_activation(tmp_path: Path) -> None:
     ]
 
 
-def test_mixtral_has_two_sites_per_expert(tmp_path: Path) -> None:
-    found = graph(save_tiny("mixtral", tmp_path))
+def test_mixtral_has_two_sites_per_expert(saved: Saved) -> None:
+    found = graph(saved("mixtral"))
     experts = {
         name: weights for name, weights in sites(found).items() if name.startswith("block_sparse_moe.experts")
     }
@@ -147,16 +151,16 @@ def test_mixtral_has_two_sites_per_expert(tmp_path: Path) -> None:
     assert found.reasons["model.layers.0.block_sparse_moe.gate.weight"] == "router"
 
 
-def test_qwen3_moe_names_experts_as_on_disk(tmp_path: Path) -> None:
-    found = graph(save_tiny("qwen3_moe", tmp_path))
+def test_qwen3_moe_names_experts_as_on_disk(saved: Saved) -> None:
+    found = graph(saved("qwen3_moe"))
     assert sites(found)["mlp.experts.3.gate_proj+up_proj"] == [
         "mlp.experts.3.gate_proj.weight",
         "mlp.experts.3.up_proj.weight",
     ]
 
 
-def test_gpt_oss_experts_are_parts_of_a_stacked_tensor(tmp_path: Path) -> None:
-    found = graph(save_tiny("gpt_oss", tmp_path))
+def test_gpt_oss_experts_are_parts_of_a_stacked_tensor(saved: Saved) -> None:
+    found = graph(saved("gpt_oss"))
     weight = site(found, 1, "experts.gate_up_proj[2]").weights[0]
     assert (weight.name, weight.key) == (
         "model.layers.1.mlp.experts.gate_up_proj",
@@ -165,8 +169,8 @@ def test_gpt_oss_experts_are_parts_of_a_stacked_tensor(tmp_path: Path) -> None:
     assert (weight.part, weight.shape, weight.role) == (Part(2, transposed=True), (192, 64), "gate_up")
 
 
-def test_deepseek_blocks_differ(tmp_path: Path) -> None:
-    found = graph(save_tiny("deepseek_v3", tmp_path))
+def test_deepseek_blocks_differ(saved: Saved) -> None:
+    found = graph(saved("deepseek_v3"))
     attention = {
         "self_attn.q_a_proj+kv_a_proj_with_mqa",
         "self_attn.q_b_proj",
@@ -182,13 +186,18 @@ def test_deepseek_blocks_differ(tmp_path: Path) -> None:
     assert site(found, 1, "self_attn.q_b_proj").producer == "model.layers.1.self_attn.q_a_layernorm.weight"
 
 
-def test_fused_weights_are_one_weight(tmp_path: Path) -> None:
-    found = graph(save_tiny("phi3", tmp_path))
-    assert [[w.role for w in s.weights] for s in found.blocks[0].sites] == [["qkv"], ["o"], ["gate_up"], ["down"]]
+def test_fused_weights_are_one_weight(saved: Saved) -> None:
+    found = graph(saved("phi3"))
+    assert [[w.role for w in s.weights] for s in found.blocks[0].sites] == [
+        ["qkv"],
+        ["o"],
+        ["gate_up"],
+        ["down"],
+    ]
 
 
 def test_tied_by_absence_even_against_the_config(tmp_path: Path) -> None:
-    folder = edit(save_tiny("llama", tmp_path), lambda t: t.pop("lm_head.weight") and None)
+    folder = edit(save_tiny("llama", tmp_path), lambda t: t.__delitem__("lm_head.weight"))
     found = graph(folder)
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert [w.role for w in found.outer] == ["embed"]
@@ -250,7 +259,7 @@ def test_blocks_beyond_the_config_are_orphans(tmp_path: Path) -> None:
     ],
 )
 def test_missing_tensors_are_listed(family: str, name: str, tmp_path: Path) -> None:
-    folder = edit(save_tiny(family, tmp_path), lambda t: t.pop(name) and None)
+    folder = edit(save_tiny(family, tmp_path), lambda t: t.__delitem__(name))
     with pytest.raises(SourceError, match=rf"1 parameters that no tensor fills: `{name}`"):
         graph(folder)
 
@@ -258,7 +267,7 @@ def test_missing_tensors_are_listed(family: str, name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("weight", ["w1", "w2"])
 def test_a_missing_expert_is_refused(weight: str, tmp_path: Path) -> None:
     name = f"model.layers.0.block_sparse_moe.experts.1.{weight}.weight"
-    folder = edit(save_tiny("mixtral", tmp_path), lambda t: t.pop(name) and None)
+    folder = edit(save_tiny("mixtral", tmp_path), lambda t: t.__delitem__(name))
     with pytest.raises(SourceError, match=r"model\.layers\.0\.mlp\.experts\.(gate_up|down)_proj"):
         graph(folder)
 
@@ -266,7 +275,9 @@ def test_a_missing_expert_is_refused(weight: str, tmp_path: Path) -> None:
 def test_wrong_shape_is_named(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     folder = edit(save_tiny("llama", tmp_path), lambda t: t.update({name: t[name][:32]}))
-    with pytest.raises(SourceError, match=r"q_proj\.weight` has shape \(32, 64\), the config says \(64, 64\)"):
+    with pytest.raises(
+        SourceError, match=r"q_proj\.weight` has shape \(32, 64\), the config says \(64, 64\)"
+    ):
         graph(folder)
 
 

@@ -8,6 +8,7 @@ from quantkit.recipe.load import parse_recipe
 from quantkit.recipe.rules import Rule
 from quantkit.recipe.spec import Calibration, Eval, EvalText, Gates, Output, Recipe, Target
 
+
 def full() -> Recipe:
     return Recipe(
         source="org/model@main",

@@ -25,7 +25,12 @@ from quantkit.recipe.spec import Target
         ),
         (
             "gptq@damp=1e-3,batch_columns=64,plain=true,limit=null",
-            [{"format": "gptq", "options": {"damp": 0.001, "batch_columns": 64, "plain": True, "limit": None}}],
+            [
+                {
+                    "format": "gptq",
+                    "options": {"damp": 0.001, "batch_columns": 64, "plain": True, "limit": None},
+                }
+            ],
         ),
         ("gptq@feedback=true", [{"format": "gptq", "feedback": True}]),
         ("gptq@name=mine", [{"format": "gptq", "name": "mine"}]),

@@ -1,0 +1,54 @@
+"""Writes results of benchmarks: JSON with what was run, on which commit, with which versions.
+
+Absolute times of a shared machine mean little; every figure that matters is a ratio of things
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHARED = ROOT.parent / "shared"
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "gptqmodel", "llmcompressor", "compressed-tensors")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that was measured, marked when the tree had changes."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain", "quantkit"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"processors": os.cpu_count(), "memory_bytes": memory, "architecture": platform.machine()}
+
+
+def save(name: str, content: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json and say where."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    command = " ".join(["python", *(a.replace(f"{ROOT}/", "") for a in sys.argv)])
+    facts = {"benchmark": name, "command": command, "commit": commit(), "versions": versions(), "machine": machine()}
+    path.write_text(json.dumps({**facts, **content}, indent=2) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+    return path
