@@ -79,9 +79,18 @@ def converted(source: Path, out: Path, targets: list[str]) -> dict[str, Any]:
     for target in targets:
         command += ["--to", target]
     command += ["--calib", "embedded", "--calib-rows", str(ROWS), "--calib-length", str(LENGTH)]
-    command += ["--eval", "embedded", "--eval-style", f"gptq-{EVAL_CONTEXT}", "--eval-chunks", str(EVAL_WINDOWS)]
+    command += [
+        "--eval",
+        "embedded",
+        "--eval-style",
+        f"gptq-{EVAL_CONTEXT}",
+        "--eval-chunks",
+        str(EVAL_WINDOWS),
+    ]
     began = time.monotonic()
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
     output = child.communicate()[0]
     if child.returncode:
         raise SystemExit(f"conversion failed with exit code {child.returncode}")
@@ -95,7 +104,9 @@ def converted(source: Path, out: Path, targets: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--intermediate", type=int, default=6144)
@@ -136,7 +147,10 @@ def main() -> None:
             "peak_over_checkpoint": found["peak_rss_bytes"] / size,
         },
     )
-    print(f"peak {found['peak_rss_bytes'] / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB, checkpoint {size / 1e9:.2f} GB")
+    print(
+        f"peak {found['peak_rss_bytes'] / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB, "
+        f"checkpoint {size / 1e9:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

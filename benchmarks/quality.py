@@ -60,7 +60,9 @@ def recipe(names: list[str], out: Path) -> quantkit.Recipe:
             file=str(text / "wiki.valid.tokens"), rows=160, length=512, seed=None, max_chars=900_000
         ),
         eval=quantkit.Eval(
-            perplexity=(quantkit.EvalText(file=str(text / "wiki.test.raw"), style="gptq", context=512, chunks=64),)
+            perplexity=(
+                quantkit.EvalText(file=str(text / "wiki.test.raw"), style="gptq", context=512, chunks=64),
+            )
         ),
     )
 
@@ -85,7 +87,9 @@ def row(name: str, target: TargetReport) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     names = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +97,10 @@ def main() -> None:
     rows = [row(name, target) for name, target in zip(names, report.targets, strict=True)]
     for found in rows:
         reference = f"{found['reference_kl']}" if found["reference_kl"] else "–"
-        print(f"{found['row']:34} KL {found['kl_mean']:.5f} (reference {reference})  ppl {found['perplexity']:.3f}")
+        print(
+            f"{found['row']:34} KL {found['kl_mean']:.5f} (reference {reference})"
+            f"  perplexity {found['perplexity']:.3f}"
+        )
     source = report.targets[0].quality[0]
     save("quality", {"convention": source.convention, "source_perplexity": source.source.value, "rows": rows})
 

@@ -18,7 +18,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SHARED = ROOT.parent / "shared"
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "gptqmodel", "llmcompressor", "compressed-tensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "gptqmodel",
+    "llmcompressor",
+    "compressed-tensors",
+)
 
 
 def versions() -> dict[str, str]:
@@ -34,7 +42,9 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit that was measured, marked when the tree had changes."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "quantkit"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "quantkit"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
@@ -48,7 +58,13 @@ def save(name: str, content: dict[str, Any]) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     command = " ".join(["python", *(a.replace(f"{ROOT}/", "") for a in sys.argv)])
-    facts = {"benchmark": name, "command": command, "commit": commit(), "versions": versions(), "machine": machine()}
+    facts = {
+        "benchmark": name,
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
     path.write_text(json.dumps({**facts, **content}, indent=2) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return path

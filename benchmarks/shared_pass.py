@@ -27,7 +27,9 @@ def recipe(source: str, out: Path, *targets: str) -> quantkit.Recipe:
         targets=tuple(t for text in targets for t in quantkit.parse_targets(text)),
         output=quantkit.Output(dir=str(out)),
         calibration=quantkit.Calibration(set="embedded", rows=128, length=512),
-        eval=quantkit.Eval(perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=512, chunks=32),)),
+        eval=quantkit.Eval(
+            perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=512, chunks=32),)
+        ),
     )
 
 
@@ -43,7 +45,9 @@ def weights(out: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--source", default="demo")
     given = parser.parse_args()
@@ -59,7 +63,15 @@ def main() -> None:
                 raise SystemExit("the joint run wrote other bytes than the separate ones")
             ratios.append(joint / max(alone.values()))
             pairs.append({"alone_s": alone, "joint_s": joint, "ratio": ratios[-1]})
-    save("shared_pass", {"source": given.source, "median_ratio": statistics.median(ratios), "runs": pairs, "identical_bytes": True})
+    save(
+        "shared_pass",
+        {
+            "source": given.source,
+            "median_ratio": statistics.median(ratios),
+            "runs": pairs,
+            "identical_bytes": True,
+        },
+    )
     print(f"joint run / slower alone: median {statistics.median(ratios):.2f} of {given.repeat}")
 
 

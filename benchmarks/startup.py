@@ -1,6 +1,6 @@
 """Processor time of `quantkit --help`, which must stay under .3 s: people type it all day.
 
-    python -m benchmarks.startup
+python -m benchmarks.startup
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main() -> None:
         cpu_seconds(command)
     helped = statistics.median(cpu_seconds(ours) for _ in range(9))
     bare = statistics.median(cpu_seconds(empty) for _ in range(9))
-    save("startup", {"help_cpu_seconds": helped, "empty_interpreter_cpu_seconds": bare, "ratio": helped / bare})
+    save(
+        "startup", {"help_cpu_seconds": helped, "empty_interpreter_cpu_seconds": bare, "ratio": helped / bare}
+    )
     print(f"quantkit --help: {helped:.3f} s of processor time; an empty interpreter: {bare:.3f} s")
 
 

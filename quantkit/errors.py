@@ -74,9 +74,7 @@ class CalibrationError(UsageError):
 class ResumeError(UsageError):
     """The store belongs to another plan, or is damaged; `differences` names the fields."""
 
-    def __init__(
-        self, message: str, *, differences: Sequence[str] = (), remedy: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, differences: Sequence[str] = (), remedy: str | None = None) -> None:
         self.differences = tuple(differences)
         super().__init__("\n  ".join((message, *self.differences)), remedy=remedy)
 
@@ -92,9 +90,7 @@ class NumericsError(RunError):
 class BudgetError(RunError):
     """Memory or disk does not suffice; `needed` and `available` in bytes."""
 
-    def __init__(
-        self, message: str, *, needed: int, available: int, remedy: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, needed: int, available: int, remedy: str | None = None) -> None:
         self.needed = needed
         self.available = available
         super().__init__(message, remedy=remedy)

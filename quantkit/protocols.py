@@ -20,7 +20,6 @@ from quantkit.model.graph import Weight
 from quantkit.schemes import Scheme
 from quantkit.tensors import QuantizedLinear, QuantizedTensor
 
-
 P = TypeVar("P")
 
 
@@ -67,7 +66,10 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class FormatFacts:
-    """All that a format needs for its configuration files."""
+    """All that a format needs for its configuration files.
+
+    linears  module paths of linear layers outside `assigned`, which stay float, see ModelGraph
+    """
 
     assigned: Sequence[Assigned]
     default: Scheme
@@ -75,6 +77,7 @@ class FormatFacts:
     act_order: bool
     method: str
     version: str
+    linears: Sequence[str] = ()
 
 
 class Format(Protocol):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 
-
 @dataclass(frozen=True, slots=True)
 class Affine:
     """Integers on a grid: ``w = scale · (codes − zero_point) + offset``.
@@ -80,6 +79,13 @@ def shape(q: QuantizedTensor) -> tuple[int, int]:
     """(out, in) of the weight that `q` stands for."""
     codes = q.values if isinstance(q, Float) else q.codes
     return codes.shape[0], codes.shape[1]
+
+
+def plain_grid(q: QuantizedTensor) -> tuple[Affine, Tensor] | None:
+    """`q` and its scale when it is integers on a grid with plain scales and no offset, else None."""
+    if isinstance(q, Affine) and isinstance(q.scale, Tensor) and q.offset is None:
+        return q, q.scale
+    return None
 
 
 def spread(per_group: Tensor, group: tuple[int, int], to: tuple[int, int]) -> Tensor:

@@ -95,10 +95,24 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# Families that must be refused, and why: blocks get per-token inputs beside their hidden states.
+REFUSED: Mapping[str, Mapping[str, Any]] = {
+    "gemma3n_text": {
+        **_GEMMA,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
+}
+
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model of `family`; every parameter is random, norms and biases included."""
-    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})
+    config = CONFIG_MAPPING[family](**{**FAMILIES, **REFUSED}[family] | changes)
     config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

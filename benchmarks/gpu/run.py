@@ -94,7 +94,9 @@ def large(device: str, source: Path, out: Path) -> quantkit.Recipe:
         output=quantkit.Output(dir=str(out)),
         device=quantkit.Device(map=device, batch_tokens=16384),
         calibration=quantkit.Calibration(set="embedded", rows=ROWS, length=LENGTH),
-        eval=quantkit.Eval(perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=2048, chunks=8),)),
+        eval=quantkit.Eval(
+            perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=2048, chunks=8),)
+        ),
     )
 
 
@@ -112,7 +114,9 @@ def floor(config: LlamaConfig, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--skip-large", action="store_true")
     parser.add_argument("--blocks", type=int, default=16)

@@ -15,6 +15,7 @@ from quantkit.cli.help import Command
 from quantkit.cli.options import build_recipe, option, recipe_options
 from quantkit.cli.output import Output, common_options
 from quantkit.cli.plan import print_recipe, show_plan
+from quantkit.errors import GateError
 
 _EXAMPLES = (
     "quantkit convert Qwen/Qwen3-0.6B --to gptq:w4g128 -o out/",
@@ -60,6 +61,9 @@ def command(**flags: Any) -> int:
         report = convert(recipe, progress=progress, restart=flags["restart"], stop=stop, **where)
     paths = [Path(recipe.output.dir) / target.folder for target in report.targets]
     output.result("convert", [report.table()], report.to_json(), paths)
+    if report.broken_gates:
+        output.talk("error: an evaluation gate failed; the files are kept")
+        return GateError.exit_code
     return 0
 
 

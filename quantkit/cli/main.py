@@ -44,7 +44,7 @@ COMMANDS = {
 class Lazy(click.Group):
     """Imports a command when it is run, not when it is listed."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for group in COMMANDS.values() for name in group]
 
     def resolve_command(
@@ -66,7 +66,7 @@ class Lazy(click.Group):
 
     def format_commands(
         self,
-        ctx: click.Context,  # noqa: ARG002
+        ctx: click.Context,
         formatter: click.HelpFormatter,
     ) -> None:
         for heading, commands in COMMANDS.items():

@@ -25,7 +25,7 @@ from quantkit.model.graph import Weight
 from quantkit.numerics.bits import pack, packed_width, unpack
 from quantkit.protocols import FormatFacts
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, QuantizedLinear
+from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
 SUMMARY = "integer weights, 2 to 8 bits, for vLLM, transformers, SGLang"
 DEFAULT_METHOD = "gptq"
@@ -60,7 +60,7 @@ class CompressedTensors:
         if scheme.per_tensor and scheme.bits != 8:
             return "compressed_tensors stores one scale per tensor with 8 bits only"
         if _layout(scheme) == _INT and not scheme.sym:
-            return "compressed_tensors int-quantized weights are written symmetric; leave out _asym or add a group"
+            return "compressed_tensors writes 8 bits per row symmetric; leave out _asym or add a group size"
         return scheme.misfit(weight.shape)
 
     def layout(self, weight: Weight, scheme: Scheme) -> tuple[TensorSpec, ...]:
@@ -85,21 +85,22 @@ class CompressedTensors:
         return tuple(specs)
 
     def encode(self, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
-        q = linear.weight
-        if not isinstance(q, Affine) or not isinstance(q.scale, Tensor) or q.offset is not None:
+        found = plain_grid(linear.weight)
+        if found is None:
             raise UnsupportedError(
                 f"compressed_tensors cannot store `{linear.name}`: it is not on a plain integer grid"
             )
+        q, stored = found
         base = linear.name.removesuffix(".weight")
         out, width = q.codes.shape
         if _layout(scheme) == _INT:
-            scale = q.scale.flatten() if scheme.per_tensor else q.scale
+            scale = stored.flatten() if scheme.per_tensor else stored
             return {f"{base}.weight": q.codes, f"{base}.weight_scale": scale}
         middle = 1 << (q.bits - 1)
         codes = q.codes.to(torch.int32) + (middle if q.zero_point is None else 0)
         tensors = {
             f"{base}.weight_packed": pack(codes, q.bits),
-            f"{base}.weight_scale": q.scale,
+            f"{base}.weight_scale": stored,
             f"{base}.weight_shape": torch.tensor([out, width]),
         }
         if q.zero_point is not None:
@@ -154,7 +155,9 @@ class CompressedTensors:
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         by_scheme: dict[Scheme, list[str]] = {}
-        ignore = [w.module for w in facts.outer if w.role == "head"]
+        # a linear layer that is targeted and stored float is filled with random values
+        heads = (w.module for w in facts.outer if w.role == "head")
+        ignore = list(dict.fromkeys([*heads, *facts.linears]))
         for a in facts.assigned:
             if a.scheme is None:
                 ignore.append(a.weight.module)
@@ -191,7 +194,9 @@ class CompressedTensors:
             if all(s.bits in (4, 8) and s.sym for s in schemes):
                 loads.append("SGLang")
         if any(not s.sym for s in schemes):
-            notes.append("transformers needs CompressedTensorsConfig(dequantize=True) for asymmetric packed weights")
+            notes.append(
+                "transformers needs CompressedTensorsConfig(dequantize=True) for asymmetric packed weights"
+            )
         if any(s.bits in (3, 5, 6, 7) for s in schemes):
             notes.append("3, 5, 6 and 7 bits need compressed-tensors 0.18 or newer")
         return tuple(loads), tuple(notes)
@@ -222,7 +227,8 @@ def _bits_of(words: int, width: int, groups: Sequence[Mapping[str, Any]]) -> int
 
     The words alone are ambiguous below 32 codes.
     """
-    for bits in (*(int(g["weights"]["num_bits"]) for g in groups), *range(1, 9)):
+    stated = [int(g["weights"]["num_bits"]) for g in groups]
+    for bits in (*stated, *range(1, 9)):
         if packed_width(width, bits) == words:
             return bits
     raise UnsupportedError(f"{words:,} words for {width:,} codes is no dense packing of 1 to 8 bits")

@@ -26,7 +26,7 @@ from quantkit.model.graph import Weight
 from quantkit.numerics.bits import pack, packed_width, unpack
 from quantkit.protocols import Assigned, FormatFacts
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, QuantizedLinear
+from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
 SUMMARY = "integer weights, 2, 3, 4 or 8 bits, for vLLM, SGLang, ExLlamaV2, transformers"
 DEFAULT_METHOD = "gptq"
@@ -73,14 +73,17 @@ class Gptq:
         )
 
     def encode(self, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
-        q = _affine(linear)
+        found = plain_grid(linear.weight)
+        if found is None:
+            raise UnsupportedError(f"gptq cannot store `{linear.name}`: it is not on a plain integer grid")
+        q, scale = found
         base = linear.name.removesuffix(".weight")
         middle = 1 << (q.bits - 1)
         width = q.codes.shape[1]
         codes = q.codes.to(torch.int32)
         if q.zero_point is None:
             codes = codes + middle
-            stored = torch.full(q.scale.shape, middle - 1, dtype=torch.int32)
+            stored = torch.full(scale.shape, middle - 1, dtype=torch.int32)
         else:
             stored = q.zero_point.to(torch.int32)
         column_group = q.column_group
@@ -89,7 +92,7 @@ class Gptq:
         return {
             f"{base}.qweight": pack(codes, q.bits).T.contiguous(),
             f"{base}.qzeros": pack(stored.T, q.bits).contiguous(),
-            f"{base}.scales": q.scale.T.contiguous(),
+            f"{base}.scales": scale.T.contiguous(),
             f"{base}.g_idx": column_group.to(torch.int32),
         }
 
@@ -174,7 +177,9 @@ class Gptq:
         experts = any(".experts." in a.weight.name for a in facts.assigned if a.scheme)
         if experts:
             loads.remove("transformers+gptqmodel")
-            notes.append("transformers 5 fills GPTQ experts with random weights; use compressed_tensors there")
+            notes.append(
+                "transformers 5 fills GPTQ experts with random weights; use compressed_tensors there"
+            )
         if not s.sym or s.bits not in (4, 8):
             notes.append("vLLM and SGLang read 4 and 8 bits, symmetric, only")
         elif facts.act_order:
@@ -196,16 +201,10 @@ class Gptq:
 FORMAT = Gptq()
 
 
-def _affine(linear: QuantizedLinear) -> Affine:
-    q = linear.weight
-    if not isinstance(q, Affine) or not isinstance(q.scale, Tensor) or q.offset is not None:
-        raise UnsupportedError(f"gptq cannot store `{linear.name}`: it is not on a plain integer grid")
-    return q
-
-
 def _dynamic(facts: FormatFacts) -> dict[str, dict[str, Any]]:
     """Exceptions from the default as gptqmodel and vLLM read them; weights left alone come first."""
-    kept, other = {}, {}
+    kept: dict[str, dict[str, Any]] = {}
+    other: dict[str, dict[str, Any]] = {}
     for a in facts.assigned:
         pattern = re.escape(a.weight.module)
         if a.scheme is None:

@@ -67,7 +67,9 @@ class Params:
             raise RecipeError(f"gptq: polish must be 0 or more passes, not {self.polish}")
         if self.plain:
             changed = [
-                f.name for f in fields(self) if f.name in _PLAIN and getattr(self, f.name) not in (f.default, _PLAIN[f.name])
+                f.name
+                for f in fields(self)
+                if f.name in _PLAIN and getattr(self, f.name) not in (f.default, _PLAIN[f.name])
             ]
             if changed:
                 raise RecipeError(
@@ -183,7 +185,9 @@ class Gptq:
         if self.params.polish:
             original = weight.T[site.order].contiguous()
             polish(codes, original, site.gram, fixed, scheme.bits, self.params.polish, _BATCH_COLUMNS)
-        unordered = torch.empty(width, weight.shape[0], dtype=affine.code_dtype(scheme.sym), device=weight.device)
+        unordered = torch.empty(
+            width, weight.shape[0], dtype=affine.code_dtype(scheme.sym), device=weight.device
+        )
         unordered[site.order] = codes.to(unordered.dtype)
         return Affine(
             codes=unordered.T.contiguous(),

@@ -12,12 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UnsupportedError
+from quantkit.model.blocks import Use
 from quantkit.model.graph import Block, ModelGraph, Part, Role, Site, Weight
-from quantkit.model.names import Layout, Tile, role_of
-from quantkit.model.skeleton import Skeleton, Use
+from quantkit.model.names import Layout, role_of
+from quantkit.model.skeleton import Skeleton
+from quantkit.model.tiles import Tile, element, strides
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Feed = tuple[int, int, str | None]  # activation, matrix of a batched product, producer
@@ -50,7 +53,23 @@ def graph_of(skeleton: Skeleton, checkpoint: Checkpoint) -> ModelGraph:
     outside = {weight.name for weight in outer}
     copied = tuple(name for name, block in home.items() if block is None and name not in outside)
     layout = skeleton.layout
-    return ModelGraph(tuple(blocks), outer, _tied(layout), copied, dict(layout.dropped), reasons)
+    inside = {weight.name for block in blocks for weight in block.weights()}
+    linears = _linears(skeleton, inside, reasons)
+    return ModelGraph(tuple(blocks), outer, _tied(layout), copied, dict(layout.dropped), reasons, linears)
+
+
+def _linears(skeleton: Skeleton, inside: set[str], reasons: Mapping[str, str]) -> tuple[str, ...]:
+    """Paths of linear modules whose weight is in no site, then of routers, which engines make linear."""
+    modules = dict(skeleton.model.named_modules())
+    for index, block in enumerate(skeleton.blocks):
+        modules |= {f"{skeleton.prefix}.{index}.{name}": module for name, module in block.named_modules()}
+    found: dict[str, None] = {}
+    for path, module in modules.items():
+        tiles = skeleton.layout.tiles.get(f"{path}.weight", ())
+        if isinstance(module, nn.Linear) and not any(tile.source in inside for tile in tiles):
+            found[path] = None
+    routers = (name.removesuffix(".weight") for name, why in reasons.items() if why == "router")
+    return tuple(found | dict.fromkeys(routers))
 
 
 def _tied(layout: Layout) -> dict[str, str]:
@@ -87,16 +106,6 @@ class _Tiles:
                 break
             found.append(tile)
         return found[::-1]
-
-
-def strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
-    return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
-
-
-def element(shape: Sequence[int], place: Iterable[int]) -> int:
-    """Number of the element at `place` in a contiguous tensor."""
-    return sum(i * stride for i, stride in zip(place, strides(shape), strict=True))
 
 
 def _block_tiles(skeleton: Skeleton, index: int) -> dict[str, _Tiles]:

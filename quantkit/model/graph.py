@@ -83,6 +83,8 @@ class ModelGraph:
     dropped  checkpoint name → the named rule by which it is not carried over
     reasons  checkpoint name of a tensor with two or more dimensions that a block keeps → why it is in
              no site: "router", "bias", "convolution kernel", "not a matrix product"
+    linears  module paths of linear layers in no site (a head, tied or not, projections outside the
+             blocks, routers): engines that quantize by class must be told to leave them alone
     """
 
     blocks: tuple[Block, ...]
@@ -91,6 +93,7 @@ class ModelGraph:
     copied: tuple[str, ...]
     dropped: Mapping[str, str]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    linears: tuple[str, ...] = ()
 
     def weights(self) -> Iterator[Weight]:
         """Every matrix inside the blocks, in model order."""

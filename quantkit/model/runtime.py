@@ -12,20 +12,18 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from transformers import Cache, PretrainedConfig
+from transformers import PretrainedConfig
 
 from quantkit.checkpoint.reader import Checkpoint, first_nonfinite
 from quantkit.errors import NumericsError, UnsupportedError
-from quantkit.model.build import element
+from quantkit.model.blocks import Call, check_independent
 from quantkit.model.graph import Block, ModelGraph, Weight
-from quantkit.model.names import Tile
 from quantkit.model.observe import Observer, Product
-from quantkit.model.skeleton import Call, Skeleton, restore_buffers
+from quantkit.model.skeleton import Skeleton, restore_buffers
+from quantkit.model.tiles import Tile, element
 
 Record = Callable[[str, Tensor], None]
 
@@ -75,7 +73,7 @@ class Runtime:
         with torch.no_grad():
             self.skeleton.forward(visit, head=False, input_ids=tokens.to(self.device, torch.int64))
         if not self._checked:
-            _check_independent(calls, self._calls_for(*tokens.shape))
+            check_independent(calls, self._calls_for(*tokens.shape))
             self._checked = True
         return states[0]
 
@@ -360,21 +358,3 @@ def _transposed(weight: Weight) -> bool:
 def _cut(tile: Tile) -> tuple[slice, slice]:
     rows, columns = tile.take[-2:]
     return slice(*rows), slice(*columns)
-
-
-def _check_independent(real: list[Call], empty: list[Call]) -> None:
-    """Blocks must be told the same about any tokens, because their arguments are kept by shape."""
-    for index, (a, b) in enumerate(zip(real, empty, strict=True)):
-        leaves = [tree_leaves((call.args, dict(call.kwargs))) for call in (a, b)]
-        if any(isinstance(leaf, Cache) for leaf in leaves[0]):
-            raise UnsupportedError(f"block {index} keeps a cache although it was told not to")
-        same = len(leaves[0]) == len(leaves[1]) and all(map(_equal, *leaves))
-        if not same:
-            raise UnsupportedError(
-                f"block {index} is told more about the tokens than its hidden states; "
-                "quantkit runs such models not block by block"
-            )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

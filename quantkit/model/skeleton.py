@@ -8,15 +8,15 @@ visitor. So nothing about an architecture is written here.
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -27,76 +27,11 @@ from transformers import (
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
+from quantkit.model.blocks import Call, Stub, Trace, Visitor, find_blocks, trace
 from quantkit.model.names import Layout, Match, match_names, settle
-from quantkit.model.observe import Observer, Producers, Product, identity
 
 _TRACE_ROWS, _TRACE_LENGTH = 2, 8
 _COMPARED_ROWS = 4096
-# Attributes in which blocks of one kind differ without being different.
-_COUNTERS = frozenset({"layer_idx", "layer_id", "layer_number", "idx"})
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How the model called a block: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def to(self, device: torch.device) -> Call:
-        """The same call with its tensors on `device`."""
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (self.args, dict(self.kwargs)))
-        return Call(args, kwargs)
-
-
-Visitor = Callable[[int, Tensor, Call], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """A product seen on the meta device; `activation` numbers what fed it, within its block.
-
-    producer   the vector parameter that scaled the activation, None when there is none of its own
-    """
-
-    parameter: str
-    first: int
-    last: int
-    stride_in: int
-    index: int
-    activation: int
-    producer: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What one run of a block showed: its products in order, and whether it returns a tuple."""
-
-    uses: tuple[Use, ...]
-    returns_tuple: bool
-
-
-class _Stub(nn.Module):
-    """Stands where a block was: hands its call to the visitor, answers for the block's attributes."""
-
-    def __init__(self, index: int, block: nn.Module, visit: Callable[[int, Tensor, Call], Any]) -> None:
-        super().__init__()
-        self.index = index
-        self.visit = visit
-        # In a tuple so that the block does not become a child of the model again.
-        self.held = (block,)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            return self.visit(self.index, args[0], Call(args[1:], kwargs))
-        hidden = kwargs.pop("hidden_states")
-        return self.visit(self.index, hidden, Call((), kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["held"][0], name)
 
 
 @dataclass(slots=True)
@@ -137,15 +72,30 @@ class Skeleton:
             config.tie_word_embeddings = tie
             model = _build(config, dtype)
         layout = settle(match, _shared(model))
-        prefix, blocks = _find_blocks(model)
+        prefix, blocks = find_blocks(model)
         width = int(_weight(model.get_input_embeddings()).shape[1])
         skeleton = cls(model, blocks, prefix, ends, layout, width, _dtypes(model))
         holder = model.get_submodule(prefix)
         for index, block in enumerate(blocks):
-            holder.register_module(str(index), _Stub(index, block, skeleton._visit))
+            holder.register_module(str(index), Stub(index, block, skeleton._visit))
         _stand_in(model)
-        skeleton.traces = _trace(skeleton)
+        skeleton.traces = skeleton._watch()
         return skeleton
+
+    def _watch(self) -> tuple[Trace, ...]:
+        shape = (_TRACE_ROWS, _TRACE_LENGTH, self.width)
+        ramp = torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(self.model.dtype)
+        try:
+            return trace(
+                self.blocks,
+                lambda visit, x: self.forward(visit, head=False, inputs_embeds=x),
+                (ramp, ramp.flip(0, 1)),
+            )
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            name = type(self.model).__name__
+            raise UnsupportedError(
+                f"{name} cannot be run without data to see its structure: {error}"
+            ) from error
 
     def forward(self, visitor: Visitor, *, head: bool, **inputs: Tensor) -> Any:
         """Run the model's own forward (with its head, or only the base model), blocks → `visitor`."""
@@ -263,35 +213,8 @@ def _ties_embeddings(
     return all(torch.equal(checkpoint.read(first, rows=p), checkpoint.read(second, rows=p)) for p in parts)
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
-    """The list of decoder blocks: of the outermost module lists, the one with most parameters."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    if not outer:
-        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
-    prefix, blocks = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return prefix, tuple(blocks)
-
-
-def _structure(block: nn.Module) -> tuple[Any, ...]:
-    """Equal for blocks that do the same products: classes, names, shapes and plain settings."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)),
-            tuple(
-                (k, v)
-                for k, v in vars(module).items()
-                if isinstance(v, (bool, int, float, str)) and k not in _COUNTERS
-            ),
-        )
-        for name, module in block.named_modules()
-    )
-
-
 def _stand_in(model: PreTrainedModel) -> None:
-    """Zeros for the small parameters outside the blocks, so that masks and positions can be made on CPU.
+    """Ones for the small parameters outside the blocks, so that masks and positions can be made on CPU.
 
     Embedding and head stay on meta: forward runs are given hidden states.
     """
@@ -299,10 +222,10 @@ def _stand_in(model: PreTrainedModel) -> None:
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             if f"{path}.{name}" not in large:
-                setattr(module, name, nn.Parameter(torch.zeros_like(p, device="cpu"), requires_grad=False))
+                setattr(module, name, nn.Parameter(torch.ones_like(p, device="cpu"), requires_grad=False))
         for name, b in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                setattr(module, name, torch.zeros_like(b, device="cpu"))
+                setattr(module, name, torch.ones_like(b, device="cpu"))
     restore_buffers(model, model, torch.device("cpu"))
 
 
@@ -333,47 +256,3 @@ def restore_buffers(owner: PreTrainedModel, root: nn.Module, device: torch.devic
         raise UnsupportedError(
             f"{type(root).__name__} has buffers that Transformers cannot compute again: {unfilled}"
         )
-
-
-def _trace(skeleton: Skeleton) -> tuple[Trace, ...]:
-    """Run the model's forward once over zeros, the blocks on meta; blocks of one structure run once."""
-    traces: dict[int, Trace] = {}
-    known: dict[tuple[Any, ...], Trace] = {}
-
-    def visit(index: int, hidden: Tensor, call: Call) -> Any:
-        block = skeleton.blocks[index]
-        key = _structure(block)
-        if key not in known:
-            known[key] = _observed(block, hidden.to("meta"), call.to(torch.device("meta")))
-        traces[index] = known[key]
-        return (hidden,) if known[key].returns_tuple else hidden
-
-    zeros = torch.zeros(_TRACE_ROWS, _TRACE_LENGTH, skeleton.width, dtype=skeleton.model.dtype)
-    name = type(skeleton.model).__name__
-    try:
-        with torch.no_grad():
-            skeleton.forward(visit, head=False, inputs_embeds=zeros)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        raise UnsupportedError(f"{name} cannot be run without data to see its structure: {error}") from error
-    if len(traces) != len(skeleton.blocks):
-        raise UnsupportedError(f"{name} called {len(traces)} of its {len(skeleton.blocks)} blocks")
-    return tuple(traces[i] for i in range(len(skeleton.blocks)))
-
-
-def _observed(block: nn.Module, hidden: Tensor, call: Call) -> Trace:
-    """Run `block` on meta and note its products in order, and the form of what it returns."""
-    uses: list[Use] = []
-    kept: list[Tensor] = []  # activations stay alive, so that no storage is taken twice
-    numbers: dict[tuple[int, int, int], int] = {}
-    parameters = dict(block.named_parameters())
-    producers = Producers(parameters)
-
-    def seen(p: Product) -> None:
-        kept.append(p.x)
-        number = numbers.setdefault(identity(p.x), len(numbers))
-        uses.append(Use(p.parameter, p.first, p.last, p.stride_in, p.index, number, producers.of(p.x)))
-
-    with Observer(parameters, seen, producers):
-        result = block(hidden, *call.args, **call.kwargs)
-    clean = (replace(u, producer=None) if u.producer in producers.spoiled else u for u in uses)
-    return Trace(tuple(clean), isinstance(result, tuple))

@@ -73,7 +73,9 @@ def factor(gram: Tensor, order: Tensor, damp: float) -> Factor:
         torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
         del lower
         plain = (multiple, dtype) == _LADDER[0]
-        note = None if plain else f"damping raised to {damp * multiple:g} in {str(dtype).removeprefix('torch.')}"
+        note = (
+            None if plain else f"damping raised to {damp * multiple:g} in {str(dtype).removeprefix('torch.')}"
+        )
         return Factor(inverse.flip((0, 1)).float(), note)
     raise NumericsError(
         f"the gram is not positive definite, not even with damping {damp * _LADDER[-1][0]:g} in float64",

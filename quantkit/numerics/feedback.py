@@ -107,11 +107,11 @@ def round_with_feedback(
     """
     width, out = work_io.shape
     codes_io = torch.empty_like(work_io)
-    loss_o = torch.zeros(out, device=work_io.device)
+    loss_o = work_io.new_zeros(out)
     diagonal = upper_ii.diagonal().tolist()
     for start in range(0, width, batch_columns):
         end = min(start + batch_columns, width)
-        errors = torch.empty(end - start, out, device=work_io.device)
+        errors = torch.empty_like(work_io[start:end])
         for j in range(start, end):
             scale, zero = grids.at(j, work_io)
             code = affine.steps(work_io[j], scale, zero, bits)

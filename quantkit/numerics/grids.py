@@ -96,7 +96,9 @@ def choose(
 
 
 def _floored(importance: Tensor) -> Tensor:
-    return importance.clamp(min=_IMPORTANCE_FLOOR * float(importance.mean()) + torch.finfo(torch.float32).tiny)
+    return importance.clamp(
+        min=_IMPORTANCE_FLOOR * float(importance.mean()) + torch.finfo(torch.float32).tiny
+    )
 
 
 def _search(

@@ -18,7 +18,13 @@ _ENOUGH = 0.002
 
 
 def polish(
-    codes_io: Tensor, w_io: Tensor, gram_ii: Tensor, grids: StaticGroups, bits: int, sweeps: int, batch_columns: int = 128
+    codes_io: Tensor,
+    w_io: Tensor,
+    gram_ii: Tensor,
+    grids: StaticGroups,
+    bits: int,
+    sweeps: int,
+    batch_columns: int = 128,
 ) -> None:
     """Improve `codes_io` (in, out) fp32 in place by up to `sweeps` passes over the columns.
 

@@ -117,7 +117,13 @@ def _resolve_target(
     if not any(schemes.values()):
         problems.append("every weight is kept by a rule: there is nothing to quantize")
     facts = FormatFacts(
-        tuple(assigned), default, graph.outer, quantizer.regroups_columns, target.method, version
+        tuple(assigned),
+        default,
+        graph.outer,
+        quantizer.regroups_columns,
+        target.method,
+        version,
+        graph.linears,
     )
     return TargetPlan(target, quantizer, fmt, default, schemes, facts), _shortened(problems)
 

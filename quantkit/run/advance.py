@@ -64,7 +64,9 @@ class Streams:
 class Dequantized(Mapping[str, Tensor]):
     """Weight key → dequantized matrix, made when asked for: never more than one at a time in memory."""
 
-    def __init__(self, linears: Mapping[str, QuantizedLinear], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, linears: Mapping[str, QuantizedLinear], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._linears, self._dtype, self._device = linears, dtype, device
 
     def __getitem__(self, key: str) -> Tensor:

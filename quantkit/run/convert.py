@@ -24,7 +24,7 @@ from quantkit.run.measure import measure
 from quantkit.run.plan import Plan, plan
 from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantize import TensorMetrics
-from quantkit.run.report import Report, TargetReport, check_gates
+from quantkit.run.report import Report, TargetReport
 from quantkit.run.rows import build_rows
 from quantkit.run.store import RunStore
 from quantkit.run.sweep import Sweep, SweepPlan
@@ -46,6 +46,7 @@ def convert(
     Running the same recipe again continues where an earlier run was killed, to identical bytes;
     `restart` does everything anew. When `stop` is set, the run ends after the next commit with
     Interrupted. Raises the errors of `quantkit.errors`; nothing half-written carries a final name.
+    A broken gate does not raise: the files are there, and `Report.broken_gates` names it.
     """
     progress.step("plan", recipe.source)
     made = plan(recipe, offline=offline, cache_dir=cache_dir)
@@ -80,8 +81,14 @@ class _Run:
     def carry_out(self, store: RunStore, stop: Event) -> Report:
         """Sweep, evaluate, export; every step is skipped when its result is there already."""
         folders = {t.name: self.out / t.name for t in self._plan.targets}
-        manifest_keys = {t.name: key_of({"target": self._keys[t.name], "rows": self._streams_key}) for t in self._plan.targets}
-        whole = {name: free_or_ours(folders[name], self._recipe.output.on_exists, key) for name, key in manifest_keys.items()}
+        manifest_keys = {
+            t.name: key_of({"target": self._keys[t.name], "rows": self._streams_key})
+            for t in self._plan.targets
+        }
+        whole = {
+            name: free_or_ours(folders[name], self._recipe.output.on_exists, key)
+            for name, key in manifest_keys.items()
+        }
         finals = {t.name: store.final(self._keys[t.name], self._streams_key) for t in self._plan.targets}
         if any(found is None for found in finals.values()):
             self._sweep(store, stop)
@@ -89,17 +96,15 @@ class _Run:
         exporter = Exporter(self._plan.checkpoint, self._plan.graph, store)
         reports = []
         for target in self._plan.targets:
-            report = self._target_report(target, store, finals[target.name])
-            reports.append(report)
+            reports.append(self._target_report(target, store, finals[target.name]))
             if not whole[target.name]:
                 self._progress.step("export", target.name)
-                facts = self._manifest(target, report, manifest_keys[target.name])
+                facts = self._manifest(target, reports[-1], manifest_keys[target.name])
                 key, shards = self._keys[target.name], self._plan.shards[target.name]
                 exporter.export(target, key, shards, folders[target.name], facts)
         store.drop_streams()
         report = self._finish(tuple(reports))
         self._progress.finish()
-        check_gates(report, self._recipe.eval.gates)
         return report
 
     def _sweep(self, store: RunStore, stop: Event) -> None:
@@ -115,7 +120,9 @@ class _Run:
             tuple(rows for _, rows in self._rows.evaluation),
             self._plan.estimate.statistics,
         )
-        self._progress.step("sweep", f"{len(graph.blocks)} blocks, {', '.join(t.name for t in self._plan.targets)}")
+        self._progress.step(
+            "sweep", f"{len(graph.blocks)} blocks, {', '.join(t.name for t in self._plan.targets)}"
+        )
         Sweep(what, runtime, graph.blocks, store, streams).run(self._progress, stop)
         keys = [self._keys[t.name] for t in self._plan.targets]
         found: Mapping[str, Sequence[Quality]] = {key: [] for key in keys}
@@ -198,7 +205,7 @@ class _Run:
         bpw = size * 8 / parameters(checkpoint, graph)
         source = self._plan.source
         name = source.id or (source.requested if source.requested == "demo" else source.path.resolve().name)
-        report = Report(name, size, bpw, self._rows.calibration_json(), targets)
+        report = Report(name, size, bpw, self._rows.calibration_json(), targets, self._recipe.eval.gates)
         write_text(self.out / "report.json", to_json_text(report.to_json()))
         write_text(self.out / "recipe.resolved.yaml", dump(self._recipe))
         return report

@@ -59,7 +59,9 @@ class Exporter:
                 writer.write(name, tensor)
         self._side_files(target, partial, config)
         self._read_back(target, key, partial, config)
-        sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(partial.iterdir())}
+        sums = {
+            p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(partial.iterdir())
+        }
         write_text(partial / MANIFEST, to_json_text({**facts, "files": sums}))
         replace_dir(partial, folder)
 
@@ -120,20 +122,26 @@ def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise UsageError(
-            f"`{folder}` exists and was not written by quantkit", remedy="give another --output, or move it away"
+            f"`{folder}` exists and was not written by quantkit",
+            remedy="give another --output, or move it away",
         )
     if on_exists == "replace":
         return False
     known = json.loads(manifest.read_text("utf-8"))
     if on_exists == "resume" and known.get("key") == key:
-        return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in known["files"].items())
+        return all(
+            (folder / n).is_file() and (folder / n).stat().st_size == f["bytes"]
+            for n, f in known["files"].items()
+        )
     raise UsageError(
         f"`{folder}` holds the result of another plan" if on_exists == "resume" else f"`{folder}` exists",
         remedy="give another --output, or --on-exists replace",
     )
 
 
-def _encode(target: TargetPlan, assigned: Assigned, linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+def _encode(
+    target: TargetPlan, assigned: Assigned, linears: Mapping[str, QuantizedLinear]
+) -> dict[str, Tensor]:
     linear = linears.get(assigned.weight.key)
     if linear is None or assigned.scheme is None:
         raise CoverageError(
@@ -166,7 +174,10 @@ def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
         (a.offset, b.offset),
         (a.column_group, b.column_group),
     )
-    equal = all((x is None and y is None) or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.equal(y)) for x, y in pairs)
+    equal = all(
+        (x is None and y is None) or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.equal(y))
+        for x, y in pairs
+    )
     return equal and (a.bits, a.group) == (b.bits, b.group)
 
 

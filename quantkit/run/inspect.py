@@ -74,7 +74,9 @@ class Inspection:
         if self.manifest is None:
             return [] if self.quantization is None else ["not made by quantkit: no quantkit.json"]
         m = self.manifest
-        notes = [f"made by quantkit {m['quantkit']} from {m['source']['id']} with {m['method']} {m['options']}"]
+        notes = [
+            f"made by quantkit {m['quantkit']} from {m['source']['id']} with {m['method']} {m['options']}"
+        ]
         if m.get("calibration"):
             c = m["calibration"]
             names = ", ".join(share["name"] for share in c["sources"])

@@ -18,7 +18,11 @@ LOGITS = 1 << 25
 
 
 def measure(
-    runtime: Runtime, streams: Streams, blocks: int, sets: Sequence[tuple[EvalSet, RowSet]], keys: Sequence[str]
+    runtime: Runtime,
+    streams: Streams,
+    blocks: int,
+    sets: Sequence[tuple[EvalSet, RowSet]],
+    keys: Sequence[str],
 ) -> dict[str, list[Quality]]:
     """Quality of every target (by its stream's name) on every evaluation set, in the order of `sets`."""
     found: dict[str, list[Quality]] = {key: [] for key in keys}
@@ -35,7 +39,9 @@ def measure(
             for key, values in by_key.items():
                 scores[key].append(values)
         for key in keys:
-            whole = TokenScores(*(torch.cat(p) for p in zip(*((s.nll, s.kl, s.agrees) for s in scores[key]), strict=True)))
+            whole = TokenScores(
+                *(torch.cat(p) for p in zip(*((s.nll, s.kl, s.agrees) for s in scores[key]), strict=True))
+            )
             found[key].append(quality(evaluated.convention, torch.cat(source), whole))
     runtime.release_head()
     return found
@@ -49,7 +55,11 @@ def _score(
     following = tokens[:, score_from + 1 :]
     vocabulary = runtime.logits(scored[REFERENCE][:1, :1]).shape[-1]
     nll = torch.empty(following.shape)
-    found = {key: TokenScores(*(torch.empty(following.shape) for _ in range(3))) for key in states if key != REFERENCE}
+    found = {
+        key: TokenScores(*(torch.empty(following.shape) for _ in range(3)))
+        for key in states
+        if key != REFERENCE
+    }
     for part in _pieces(following.shape[0], following.shape[1], vocabulary):
         after = following[part].to(runtime.device).flatten()
         reference = runtime.logits(scored[REFERENCE][part]).flatten(0, 1)
@@ -69,4 +79,7 @@ def _pieces(rows: int, positions: int, vocabulary: int) -> Iterator[tuple[slice,
     row_step, position_step = max(1, allowed // positions), min(positions, allowed)
     for row in range(0, rows, row_step):
         for position in range(0, positions, position_step):
-            yield slice(row, min(row + row_step, rows)), slice(position, min(position + position_step, positions))
+            yield (
+                slice(row, min(row + row_step, rows)),
+                slice(position, min(position + position_step, positions)),
+            )

@@ -120,7 +120,8 @@ class Plan:
         size = sum(t.nbytes for t in self.checkpoint.tensors.values())
         revision = f" @ {self.source.revision[:7]}" if self.source.revision else ""
         title = (
-            f"{self.source.requested}{revision} · {_architecture(self.checkpoint)} · {total / 1e9:.3g} B params"
+            f"{self.source.requested}{revision} · {_architecture(self.checkpoint)}"
+            f" · {_count(total)} parameters"
             f" · {self.checkpoint.dtype} {gigabytes(size)}"
         )
         rows = []
@@ -203,6 +204,14 @@ def gigabytes(size: int) -> str:
     return f"{size / 1000:.1f} kB"
 
 
+def _count(parameters: int) -> str:
+    """As people say it: 8.03 B, 6.82 M."""
+    for unit, factor in (("B", 10**9), ("M", 10**6)):
+        if parameters >= factor:
+            return f"{parameters / factor:.3g} {unit}"
+    return f"{parameters:,}"
+
+
 def existing(path: Path) -> Path:
     """The nearest folder at or above `path` that exists."""
     path = path.absolute()
@@ -231,7 +240,11 @@ def _shards(
 
 
 def _estimate(
-    recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, graph: ModelGraph, shards: dict[str, ShardPlan]
+    recipe: Recipe,
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    shards: dict[str, ShardPlan],
 ) -> Estimate:
     on = budget.device(recipe.device.map)
     itemsize = budget.compute_dtype(recipe.device.dtype, on).itemsize
@@ -246,7 +259,9 @@ def _estimate(
     solve = 2 * 4 * widest * tallest + weights * len(resolved.targets)
     activations = 12 * recipe.device.batch_tokens * max(widest, hidden) * itemsize
     fixed = _BASE_BYTES + max(outer * 2, weights * itemsize + max(factor + solve, activations))
-    every = max((sum(nbytes(s.width, Need.GRAM | Need.SQUARES) for s in b.sites) for b in graph.blocks), default=0)
+    every = max(
+        (sum(nbytes(s.width, Need.GRAM | Need.SQUARES) for s in b.sites) for b in graph.blocks), default=0
+    )
     allowed = recipe.device.max_bytes or int(0.8 * budget.available(on))
     statistics = min(every, max(allowed - fixed, 0)) if gram else 0
     outputs = sum(s.total_bytes for s in shards.values())
@@ -277,11 +292,11 @@ def _resource_blockers(recipe: Recipe, estimate: Estimate) -> list[str]:
     allowed = recipe.device.max_bytes
     if allowed is not None and estimate.memory > allowed:
         blockers.append(
-            f"memory: up to {gigabytes(estimate.memory)} is needed and --max-memory allows {gigabytes(allowed)}"
+            f"memory: up to {gigabytes(estimate.memory)} is needed; --max-memory allows {gigabytes(allowed)}"
         )
     free = shutil.disk_usage(existing(Path(recipe.output.dir))).free
     if estimate.disk > free:
         blockers.append(
-            f"disk: {gigabytes(estimate.disk)} is needed at `{recipe.output.dir}` and {gigabytes(free)} is free"
+            f"disk: {gigabytes(estimate.disk)} is needed at `{recipe.output.dir}`; {gigabytes(free)} is free"
         )
     return blockers

@@ -117,7 +117,9 @@ def _solve(
 
 def _starved(weight: Tensor, scheme: Scheme) -> Outcome:
     """An expert that no calibration token reached is rounded with searched scales, and said to be."""
-    return Outcome(nearest(weight, scheme, "mse"), "no calibration token reached this expert: rounded to nearest")
+    return Outcome(
+        nearest(weight, scheme, "mse"), "no calibration token reached this expert: rounded to nearest"
+    )
 
 
 def rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
@@ -147,8 +149,12 @@ def rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
 
 
 def _on_cpu(q: QuantizedTensor) -> QuantizedTensor:
-    tensors = {f.name: getattr(q, f.name) for f in fields(q)}
-    return replace(q, **{n: t.cpu().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)})
+    """A copy whose tensors are in main memory, contiguous and shared with nothing."""
+    moved: dict[str, Any] = {}
+    for f in fields(q):
+        value = getattr(q, f.name)
+        moved[f.name] = value.cpu().contiguous() if isinstance(value, Tensor) else value
+    return type(q)(**moved)
 
 
 def relative_error(w: Tensor, q: QuantizedTensor, stats: Statistics | None) -> tuple[float, str]:

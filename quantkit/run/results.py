@@ -57,7 +57,7 @@ def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[st
             return "tensor"
         case Float():
             _flatten(f"{name}|values", value.values, tensors)
-            form = {"type": "float"}
+            form: dict[str, Any] = {"type": "float"}
         case Affine() | Codebook():
             signed = value.codes.dtype == torch.int8
             shifted = value.codes.to(torch.int32) + ((1 << (value.bits - 1)) if signed else 0)
@@ -72,7 +72,11 @@ def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[st
             form["columns"] = value.codes.shape[1]
         case _:
             assert_never(value)
-    form |= {"bits": value.bits, "group": value.group, "scale": _flatten(f"{name}|scale", value.scale, tensors)}
+    form |= {
+        "bits": value.bits,
+        "group": value.group,
+        "scale": _flatten(f"{name}|scale", value.scale, tensors),
+    }
     return form
 
 

@@ -85,9 +85,9 @@ class StreamWriter:
 
     def append(self, states: Tensor) -> None:
         """The next rows (rows, length, hidden)."""
-        data = states.detach().cpu().contiguous().view(torch.uint8).numpy()
+        data = states.detach().cpu().contiguous().view(torch.uint8).numpy().data
         self._digest.update(data)
-        self._out.write(memoryview(data))
+        self._out.write(data)
 
     def commit(self) -> str:
         self._out.commit()

@@ -162,8 +162,7 @@ class Sweep:
             widths = {site.id: site.width for site in wave}
             recorder = Recorder(widths, {site.id: needs[site.id] for site in wave}, self._runtime.device)
             outputs = (
-                loaded.run(states, recorder)
-                for _, states in self._streams.batches(block.index, stream, rows)
+                loaded.run(states, recorder) for _, states in self._streams.batches(block.index, stream, rows)
             )
             if last and moves:
                 self._streams.write(block.index + 1, stream, rows, _finite(outputs, block, stream))

@@ -13,8 +13,12 @@ HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "datasets")
 
 def loaded_after(code: str) -> set[str]:
     """Top-level modules in sys.modules after running `code` in a fresh interpreter."""
-    report = "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    report = (
+        "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
+    )
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
@@ -23,7 +27,7 @@ def test_import_of_the_package_is_light() -> None:
 
 
 def test_import_of_the_package_leaves_the_environment_alone() -> None:
-    code = "import os; before = dict(os.environ); import quantkit, quantkit.errors; assert dict(os.environ) == before"
+    code = "import os; before = dict(os.environ); import quantkit.errors; assert dict(os.environ) == before"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

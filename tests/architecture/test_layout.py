@@ -74,7 +74,9 @@ def test_imports_only_upwards(path: Path) -> None:
         other = parts[1]
         if not (PACKAGE / other).is_dir() and not (PACKAGE / f"{other}.py").exists():
             continue
-        assert level(other) <= level(own), f"{relative(path)}:{line}: {own} imports {other}, which is above it"
+        assert level(other) <= level(own), (
+            f"{relative(path)}:{line}: {own} imports {other}, which is above it"
+        )
         if own in PLUGINS and other in PLUGINS and own == other:
             mine = ".".join(path.relative_to(ROOT).with_suffix("").parts[:3])
             inside = module.startswith(mine) or len(parts) < 3
@@ -118,24 +120,30 @@ def test_nothing_forbidden(path: Path) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
             assert name != "torch.load", f"{where}: pickles are refused"
-            assert own == "cli" or name not in ("os.environ", "os.getenv"), f"{where}: only cli/ reads the environment"
+            assert own == "cli" or name not in ("os.environ", "os.getenv"), (
+                f"{where}: only cli/ reads the environment"
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{where}: files from strangers are hostile"
         if isinstance(node, ast.ExceptHandler) and own != "cli":
             caught = node.type.id if isinstance(node.type, ast.Name) else ""
-            assert node.type is not None and caught not in ("Exception", "BaseException"), f"{where}: too broad"
+            assert node.type is not None and caught not in ("Exception", "BaseException"), (
+                f"{where}: too broad"
+            )
     for line, module in imports(tree(path)):
-        assert module.split(".")[0] not in ("pickle", "dill", "joblib"), f"{relative(path)}:{line}: no pickles"
+        assert module.split(".")[0] not in ("pickle", "dill", "joblib"), (
+            f"{relative(path)}:{line}: no pickles"
+        )
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if part_of(p) == "numerics"], ids=relative
-)
+@pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) == "numerics"], ids=relative)
 def test_numerics_are_pure(path: Path) -> None:
     """numerics/ knows torch, the standard library, and the types it works on; no devices, no seeds."""
     allowed = {"torch", "quantkit", "__future__", "collections", "dataclasses", "typing", "math"}
     for line, module in imports(tree(path)):
-        assert module.split(".")[0] in allowed, f"{relative(path)}:{line}: numerics import torch and nothing else"
+        assert module.split(".")[0] in allowed, (
+            f"{relative(path)}:{line}: numerics import torch and nothing else"
+        )
     source = path.read_text("utf-8")
     for word in (".cuda(", "manual_seed", "empty_cache", "set_default_dtype"):
         assert word not in source, f"{relative(path)}: {word} belongs into run/"

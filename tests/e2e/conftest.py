@@ -19,7 +19,9 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: n + 3 for n, word in enumerate(WORDS)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
 
 
 def write_text(path: Path, words: int, seed: int) -> Path:

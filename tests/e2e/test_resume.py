@@ -13,10 +13,16 @@ ROOT = Path(__file__).parents[2]
 TARGETS = ("gptq:w4g32", "compressed_tensors:w4g32@feedback=true")
 
 
-def run(source: Path, calibration: Path, evaluation: Path, out: Path, side: str, number: int) -> subprocess.CompletedProcess[str]:
+def run(
+    source: Path, calibration: Path, evaluation: Path, out: Path, side: str, number: int
+) -> subprocess.CompletedProcess[str]:
     arguments = [str(x) for x in (source, calibration, evaluation, out, side, number, *TARGETS)]
     return subprocess.run(
-        [sys.executable, "-m", "tests.e2e.killed", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.e2e.killed", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -33,8 +39,16 @@ def test_kill_at_every_step_gives_identical_bytes(
     expected = sums(out)
     assert len([p for p in expected if p.endswith(".safetensors")]) == 2
     out.rename(tmp_path / "uninterrupted")
-    # killed before and after each step in turn: every run but the last dies, and each continues the one before
-    for number, side in ((1, "before"), (1, "after"), (1, "before"), (2, "before"), (1, "after"), (1, "after"), (1, "before")):
+    # killed before and after each step in turn: all runs but the last die, each continues the one before
+    for number, side in (
+        (1, "before"),
+        (1, "after"),
+        (1, "before"),
+        (2, "before"),
+        (1, "after"),
+        (1, "after"),
+        (1, "before"),
+    ):
         died = run(*inputs, out, side, number)
         assert died.returncode == -signal.SIGKILL, died.stderr
         for folder in out.iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.models import FAMILIES, save_tiny, tiny_tokens
 
 Saved = Callable[[str], Path]
 CPU = torch.device("cpu")
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
 def open_runtime(folder: Path, dtype: torch.dtype = torch.float32) -> Runtime:
@@ -144,7 +146,7 @@ def test_recorded_grams_equal_those_of_hooks(family: str, saved: Saved) -> None:
     assert compared == len([name for name in hooked if ".0." in name or ".1." in name])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_each_expert_records_its_own_tokens(family: str, saved: Saved) -> None:
     """Each routed token appears at exactly top-k experts, and `down` sees as many rows as `gate`."""
     folder = saved(family)
@@ -164,6 +166,24 @@ def test_each_expert_records_its_own_tokens(family: str, saved: Saved) -> None:
     downs = [n for s, n in up.items() if s.split("experts")[1].count("down") or s.endswith("w2")]
     assert gates == downs
     assert sum(gates) == 2 * tokens.numel()
+
+
+def block_widths(block: LoadedBlock, hidden: Tensor) -> tuple[Tensor, list[tuple[str, int]]]:
+    seen: list[tuple[str, int]] = []
+    return block.run(hidden, lambda s, x: seen.append((s, x.shape[1]))), seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_of_the_graph_are_recorded_once_in_its_order(family: str, saved: Saved) -> None:
+    """What was observed without data and what is seen with data agree."""
+    runtime = open_runtime(saved(family))
+    hidden = runtime.embed(tiny_tokens())
+    for index in range(2):
+        block = runtime.load(index)
+        hidden, seen = block_widths(block, hidden)
+        expected = [(s.id, s.width) for s in block.block.sites]
+        # experts: the graph lists all gate and up first, a run finishes one expert after another
+        assert sorted(seen) == sorted(expected) if family in MIXTURES else seen == expected
 
 
 def test_an_expert_without_tokens_is_not_called(saved: Saved) -> None:
@@ -307,6 +327,15 @@ def test_blocks_are_not_kept(saved: Saved) -> None:
     ]
     assert large == []
     assert all(p.is_meta for block in runtime.skeleton.blocks for p in block.parameters())
+
+
+def test_a_dropped_block_frees_its_memory_at_once(saved: Saved) -> None:
+    runtime = open_runtime(saved("mixtral"))
+    block = runtime.load(0)
+    block.run(runtime.embed(tiny_tokens()), lambda _site, _x: None)
+    weights = [weakref.ref(p) for p in block._module.parameters()]
+    del block
+    assert [ref for ref in weights if ref() is not None] == []
 
 
 def test_tied_ends_share_memory_and_release_apart(saved: Saved) -> None:

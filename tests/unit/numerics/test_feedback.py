@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.numerics import affine, feedback, grids
+from quantkit.numerics.cholesky import factor
+from quantkit.numerics.feedback import DynamicGroups, StaticGroups, batch_width, round_with_feedback
+from tests.quantized import activations
+
+# e_j = (w_j − q_j) / U_jj, then w_k −= e_j·U_jk: with this factor column j only touches column j + 1
+UPPER = torch.tensor(
+    [[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]]
+)
+
+
+def one_grid(rows: int, columns: int, scale: float = 1.0) -> StaticGroups:
+    return StaticGroups(torch.full((rows, 1), scale), None, torch.zeros(columns, dtype=torch.long))
+
+
+def test_a_2_by_4_case_by_hand() -> None:
+    # row 0: .6 → 1, e = −.4/2 = −.2     second weight .6 + .2·1  = .8
+    #        .8 → 1, e = −.2             third         .6 + .2·½  = .7
+    #        .7 → 1, e = −.3             fourth        .6 + .3·½  = .75
+    #       .75 → 1, e = −.25/½ = −.5    Σe² = .04 + .04 + .09 + .25 = .42
+    # row 1: 1.4 → 1, e = .4/2 = .2      second −.6 − .2·1  = −.8
+    #        −.8 → −1, e = .2            third  2.55 − .2·½ = 2.45
+    #       2.45 → 2, e = .45            fourth −1.3 − .45·½ = −1.525
+    #     −1.525 → −2, e = .475/½ = .95  Σe² = .04 + .04 + .2025 + .9025 = 1.185
+    # (rounding alone gives 3 and −1 in the last two places of row 1)
+    w = torch.tensor([[0.6, 0.6, 0.6, 0.6], [1.4, -0.6, 2.55, -1.3]])
+    for batch in (1, 2, 3, 4, 128):
+        work = w.T.contiguous()
+        found = round_with_feedback(work, UPPER, one_grid(2, 4), 4, batch)
+        assert found.codes_io.T.tolist() == [[1, 1, 1, 1], [1, -1, 2, -2]]
+        torch.testing.assert_close(found.loss_o, torch.tensor([0.42, 1.185]))
+        compensated = torch.tensor([[0.6, 0.8, 0.7, 0.75], [1.4, -0.8, 2.45, -1.525]])
+        torch.testing.assert_close(work.T, compensated)
+
+
+def test_groups_are_fitted_on_compensated_weights_by_hand() -> None:
+    # 3 bits, groups of 2, scale max|w| / 3; unit factor with ½ above the diagonal
+    # row 0: scale 1: 3 → 3 (e = 0); 1.4 → 1 (e = .4); third becomes 2.1 − .2 = 1.9
+    #        the second group is [1.9, .3]: scale 1.9/3; 1.9 → 3 (e = 0); .3/.633 = .47 → 0 (e = .3)
+    # row 1: scale 1: −3 → −3; .6 → 1 (e = −.4); third becomes .8 + .2 = 1.0
+    #        the second group is [1.0, 2.4]: scale .8; 1.25 → 1 (e = .2); 2.4 − .1 = 2.3 → 3 (e = −.1)
+    upper = torch.eye(4) + torch.diag(torch.full((3,), 0.5), 1)
+    w = torch.tensor([[3.0, 1.4, 2.1, 0.3], [-3.0, 0.6, 0.8, 2.4]])
+    seen = []
+
+    def fit(group: Tensor, members: slice) -> tuple[Tensor, None]:
+        seen.append((members.start, members.stop))
+        return grids.absmax(group, 3, torch.float32), None
+
+    groups = DynamicGroups(fit, 2)
+    found = round_with_feedback(w.T.contiguous(), upper, groups, 3, batch_width(2, 128))
+    assert seen == [(0, 2), (2, 4)]
+    assert found.codes_io.T.tolist() == [[3, 1, 3, 0], [-3, 1, 1, 3]]
+    scale, zero = groups.tables()
+    torch.testing.assert_close(scale, torch.tensor([[1.0, 1.9 / 3], [1.0, 0.8]]))
+    assert zero is None
+    torch.testing.assert_close(found.loss_o, torch.tensor([0.16 + 0.09, 0.16 + 0.04 + 0.01]))
+
+
+def test_act_order_by_hand() -> None:
+    # diagonal 1, 3, 2, 3: columns are taken as 1, 3, 2, 0 and equals keep the order of the file
+    order = feedback.descending(torch.tensor([1.0, 3.0, 2.0, 3.0]))
+    assert order.tolist() == [1, 3, 2, 0]
+    # groups {0, 1} and {2, 3} have scales 1 and 2; in processing order the scales are 1, 2, 2, 1
+    # column 1: .6 → 1, e = −.4          column 3 becomes 2.6 + .2 = 2.8
+    # column 3: 2.8/2 = 1.4 → 1 (2), e = .8     column 2 becomes 3.2 − .4 = 2.8
+    # column 2: 2.8/2 → 1 (2), e = .8    column 0 becomes −.2 − .4 = −.6
+    # column 0: −.6 → −1, e = .4         Σe² = .16 + .64 + .64 + .16 = 1.6
+    upper = torch.eye(4) + torch.diag(torch.full((3,), 0.5), 1)
+    w = torch.tensor([[-0.2, 0.6, 3.2, 2.6]])
+    static = StaticGroups(torch.tensor([[1.0, 2.0]]), None, torch.tensor([0, 0, 1, 1])[order])
+    found = round_with_feedback(w.T[order].contiguous(), upper, static, 4)
+    assert found.codes_io.flatten().tolist() == [1, 1, 1, -1]
+    torch.testing.assert_close(found.loss_o, torch.tensor([1.6]))
+
+
+def test_group_aware_order_tears_no_group_apart() -> None:
+    # largest diagonals of the groups: 2, 5, 4; inside a group the largest first
+    order = feedback.group_aware(torch.tensor([1.0, 2.0, 5.0, 3.0, 4.0, 4.0]), 2)
+    assert order.tolist() == [2, 3, 4, 5, 1, 0]
+    assert feedback.natural(3, torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "group, expected", [(1, 128), (32, 128), (96, 96), (33, 99), (128, 128), (256, 128), (192, 192)]
+)
+def test_no_group_starts_inside_a_batch_and_reaches_past_it(group: int, expected: int) -> None:
+    batch = batch_width(group, 128)
+    assert batch == expected
+    assert batch % group == 0 or group % batch == 0
+
+
+def instance(rng: torch.Generator, out: int = 5, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, damped gram, factor) in fp64, so that only the algorithm is compared."""
+    x = activations(width, 4 * width, rng)
+    gram = (x.T @ x / x.shape[0]).double()
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(width)
+    upper = torch.linalg.inv(torch.linalg.cholesky(gram.flip((0, 1)))).flip((0, 1))
+    return torch.randn(out, width, generator=rng).double(), gram, upper
+
+
+def test_the_reported_loss_is_the_quadratic_form(rng: torch.Generator) -> None:
+    w, gram, _ = instance(rng)
+    upper = factor(gram.float(), torch.arange(24), 0.0).upper
+    scale = grids.absmax(w.float(), 4, torch.float32)
+    found = round_with_feedback(
+        w.T.float().contiguous(), upper, StaticGroups(scale, None, torch.zeros(24).long()), 4, 8
+    )
+    delta = (found.codes_io.T * scale).double() - w
+    expected = torch.einsum("oi,ij,oj->o", delta, gram, delta)
+    assert float(((found.loss_o - expected) / expected).abs().max()) < 1e-5
+
+
+def test_feeding_errors_forward_equals_ldlq_on_the_original_weights(rng: torch.Generator) -> None:
+    # form B: with R = U⁻¹ and M = R / diag(R), ŵ_j = Q(w_j + Σ_{k<j} (w_k − ŵ_k)·M_kj), w never changed
+    w, _, upper = instance(rng)
+    scale = w.abs().amax(1, keepdim=True) / 7
+    work = w.T.contiguous()
+    form_a = round_with_feedback(work, upper, StaticGroups(scale, None, torch.zeros(24).long()), 4, 7)
+    inverse = torch.linalg.inv(upper)
+    unit = inverse / inverse.diagonal()
+    value, codes = torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(24):
+        target = w[:, j] + (w[:, :j] - value[:, :j]) @ unit[:j, j]
+        codes[:, j] = affine.steps(target, scale[:, 0], None, 4)
+        value[:, j] = codes[:, j] * scale[:, 0]
+    assert torch.equal(form_a.codes_io.T, codes)
+
+
+def test_with_a_diagonal_gram_feedback_is_rounding(rng: torch.Generator) -> None:
+    w = torch.randn(6, 20, generator=rng)
+    diagonal = torch.rand(20, generator=rng) + 0.1
+    upper = factor(torch.diag(diagonal), torch.arange(20), 0.01).upper
+    scale = grids.absmax(w, 3, torch.float32)
+    grid = StaticGroups(scale, None, torch.zeros(20).long())
+    found = round_with_feedback(w.T.contiguous(), upper, grid, 3, 8)
+    assert torch.equal(found.codes_io.T, affine.steps(w, scale, None, 3))
+
+
+def test_lazy_batches_change_nothing(rng: torch.Generator) -> None:
+    w, _, upper = instance(rng, width=40)
+    grid = one_grid(5, 40, 0.3)
+    results = [round_with_feedback(w.T.contiguous(), upper, grid, 4, batch) for batch in (1, 7, 40, 128)]
+    for other in results[1:]:
+        assert torch.equal(other.codes_io, results[0].codes_io)
+        torch.testing.assert_close(other.loss_o, results[0].loss_o)
+
+
+def test_asymmetric_groups_use_their_zero_points(rng: torch.Generator) -> None:
+    w, gram, upper = instance(rng, width=8)
+
+    def fit(group: Tensor, members: slice) -> tuple[Tensor, Tensor | None]:
+        return grids.minmax(group.float(), 4, torch.float32)
+
+    groups = DynamicGroups(fit, 4)
+    found = round_with_feedback(w.T.contiguous(), upper, groups, 4, batch_width(4, 128))
+    scale, zero = groups.tables()
+    assert zero is not None
+    codes = found.codes_io.T.view(5, 2, 4)
+    assert 0 <= float(codes.min()) and float(codes.max()) <= 15
+    delta = (scale[..., None] * (codes - zero[..., None])).view(5, 8) - w
+    torch.testing.assert_close(found.loss_o, torch.einsum("oi,ij,oj->o", delta, gram, delta))
