@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,11 +53,8 @@ class CompressedTensors:
 
     def accepts(self, scheme: Scheme, weight: Weight) -> str | None:
         if weight.part is not None:
-            return (
-                "compressed_tensors replaces nn.Linear modules, and this matrix is stored "
-                f"{'inside a stack of experts' if weight.part.expert is not None else 'transposed (Conv1D)'}; "
-                "keep it with a rule"
-            )
+            stored = "in a stack of experts" if weight.part.expert is not None else "transposed (Conv1D)"
+            return f"compressed_tensors replaces nn.Linear, and this is stored {stored}; keep it with a rule"
         if scheme.per_tensor and scheme.bits != 8:
             return "compressed_tensors stores one scale per tensor with 8 bits only"
         if _layout(scheme) == _INT and not scheme.sym:
@@ -227,8 +225,8 @@ def _bits_of(words: int, width: int, groups: Sequence[Mapping[str, Any]]) -> int
 
     The words alone are ambiguous below 32 codes.
     """
-    stated = [int(g["weights"]["num_bits"]) for g in groups]
-    for bits in (*stated, *range(1, 9)):
+    stated = (int(g["weights"]["num_bits"]) for g in groups)
+    for bits in chain(stated, range(1, 9)):
         if packed_width(width, bits) == words:
             return bits
     raise UnsupportedError(f"{words:,} words for {width:,} codes is no dense packing of 1 to 8 bits")

@@ -46,7 +46,7 @@ class Runtime:
         self.skeleton = Skeleton.open(checkpoint, dtype)
         self.skeleton.use_eager_experts()
         self._source = _Source(checkpoint, self.skeleton, device)
-        self._ends: dict[int, Tensor] = {}
+        self._ends: dict[int, tuple[str, Tensor]] = {}
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._checked = False
         model = self.skeleton.model
@@ -141,18 +141,16 @@ class Runtime:
         name = self.skeleton.ends[end]
         if name is None or end in self._ends:
             return
-        other = self._ends.get(1 - end)
-        shared = other is not None and self._source.filled(name) == self._source.filled(
-            self.skeleton.ends[1 - end]
-        )
-        tensor = other if other is not None and shared else self._source.tensors([name])[name]
+        filled = self.skeleton.layout.tied.get(name, name)
+        twin = self._ends.get(1 - end)
+        tensor = twin[1] if twin is not None and twin[0] == filled else self._source.tensors([name])[name]
         _assign(self.skeleton.model, name, tensor)
-        self._ends[end] = tensor
+        self._ends[end] = (filled, tensor)
 
     def _close_end(self, end: int) -> None:
         name = self.skeleton.ends[end]
         if name is not None and end in self._ends:
-            _assign(self.skeleton.model, name, self._ends.pop(end).to("meta"))
+            _assign(self.skeleton.model, name, self._ends.pop(end)[1].to("meta"))
 
 
 class LoadedBlock:
@@ -167,8 +165,8 @@ class LoadedBlock:
         self._weights = {weight.key: weight for weight in self.block.weights()}
         self._tiles = runtime.skeleton.layout.by_source(self._prefix)
         self._leads = self._find_leads()
-        self._stale: set[str] = set()
-        self._inside = False
+        self._changed: set[str] = set()  # keys whose values are not the checkpoint's
+        self._meant: set[str] | None = None  # inside `replaced`: those that shall not be
 
     @property
     def block(self) -> Block:
@@ -181,8 +179,7 @@ class LoadedBlock:
         `record` is called with every site's id and its (tokens, in) activations as they are used: once
         per run for most sites; a site of an expert gets that expert's tokens, or no call without any.
         """
-        if not self._inside:
-            self._restore()
+        self._restore(self._changed)
         call = self._runtime._calls_for(hidden.shape[0], hidden.shape[1])[self.index]
         with torch.no_grad():
             if record is None:
@@ -196,10 +193,9 @@ class LoadedBlock:
     def weight(self, weight: Weight) -> Tensor:
         """(out, in) values of `weight` in the runtime's dtype: a view where it lies in one piece.
 
-        Outside of `replaced` these are the checkpoint's values; do not write to them.
+        These are the checkpoint's values, or within `replaced` what was written; do not write to them.
         """
-        if not self._inside:
-            self._restore()
+        self._restore({weight.key} & self._changed)
         tiles = self._pieces(weight)
         if len(tiles) == 1:
             on_disk = self._region(tiles[0])
@@ -217,30 +213,29 @@ class LoadedBlock:
         Afterwards the block has the checkpoint's values again. They are read back only when they are
         next needed, so the last replacement of a block costs no reading. Does not nest.
         """
-        if self._inside:
+        if self._meant is not None:
             raise RuntimeError("replaced() does not nest")
-        written: list[str] = []
-        for key, value in new.items() if isinstance(new, Mapping) else new:
-            self._stale.add(key)
-            self._write(self._weights[key], value)
-            written.append(key)
-        self._restore(but=written)
-        self._inside = True
+        self._meant = set()
         try:
+            for key, value in new.items() if isinstance(new, Mapping) else new:
+                self._changed.add(key)
+                self._write(self._weights[key], value)
+                self._meant.add(key)
             yield self
         finally:
-            self._inside = False
+            self._meant = None
 
-    def _restore(self, but: Iterable[str] = ()) -> None:
-        """Put the checkpoint's values back where `replaced` wrote others, except in `but`."""
+    def _restore(self, keys: Iterable[str]) -> None:
+        """Put the checkpoint's values back into `keys`, except where others are meant to be."""
+        restored = set(keys).difference(self._meant or ())
         pieces: dict[str, list[Tile]] = {}
-        for key in sorted(self._stale.difference(but)):
+        for key in sorted(restored):
             pieces.setdefault(self._weights[key].name, []).extend(self._pieces(self._weights[key]))
         for name, tiles in pieces.items():
             tensor = self._runtime._source.read(name)
             for tile in tiles:
                 tile.at_runtime(self._value(tile)).copy_(tile.on_disk(tensor))
-        self._stale.intersection_update(but)
+        self._changed -= restored
 
     def _write(self, weight: Weight, value: Tensor) -> None:
         if tuple(value.shape) != weight.shape:
@@ -296,10 +291,6 @@ class _Source:
         self._layout = skeleton.layout
         self._device = device
         self._dtypes = skeleton.dtypes
-
-    def filled(self, name: str | None) -> str | None:
-        """The runtime name whose tensors fill `name`: another one where storage is shared."""
-        return None if name is None else self._layout.tied.get(name, name)
 
     def read(self, name: str) -> Tensor:
         """A checkpoint tensor as stored; NumericsError when it holds NaN or infinity."""

@@ -298,6 +298,23 @@ def test_replaced_one_after_another(saved: Saved) -> None:
         assert torch.equal(block.run(hidden), only_down)
 
 
+def test_replacements_may_be_made_from_the_block_while_it_takes_them(saved: Saved) -> None:
+    runtime = open_runtime(saved("mixtral"))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    with block.replaced(every_weight_changed(block)):
+        expected = block.run(hidden)
+    lazily = ((w.key, block.weight(w) * 1.5 + 0.01) for w in block.block.weights())
+    with block.replaced(lazily):
+        assert torch.equal(block.run(hidden), expected)
+
+
+def test_replaced_does_not_nest(saved: Saved) -> None:
+    block = open_runtime(saved("llama")).load(0)
+    with block.replaced({}), pytest.raises(RuntimeError, match="does not nest"), block.replaced({}):
+        pass
+
+
 def test_replaced_restores_after_an_exception(saved: Saved) -> None:
     runtime = open_runtime(saved("llama"))
     hidden = runtime.embed(tiny_tokens())

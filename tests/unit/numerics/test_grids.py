@@ -55,7 +55,7 @@ def test_weighted_search_by_hand() -> None:
     # the floor of 1e-3 of the mean importance pulls by less than one part in a hundred
     assert float((value[0, :3] - w[0, :3]).abs().max()) < 0.02
     plain, _ = grids.choose(w, 2, True, "mse", F32)
-    assert float(error(w, plain, None, 2, v)) > 1.0
+    assert float(error(w, plain, None, 2, v)) > 0.9
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
