@@ -89,6 +89,8 @@ class CompressedTensors:
                 f"compressed_tensors cannot store `{linear.name}`: it is not on a plain integer grid"
             )
         q, stored = found
+        if q.column_group is not None:
+            raise UnsupportedError(f"compressed_tensors cannot store the column groups of `{linear.name}`")
         base = linear.name.removesuffix(".weight")
         out, width = q.codes.shape
         if _layout(scheme) == _INT:
@@ -103,7 +105,8 @@ class CompressedTensors:
         }
         if q.zero_point is not None:
             packed = pack(q.zero_point.T.to(torch.int32), q.bits)
-            tensors[f"{base}.weight_zero_point"] = packed.T.contiguous()
+            # not `contiguous`: a single word would keep a stride that cannot be viewed as bytes
+            tensors[f"{base}.weight_zero_point"] = packed.T.clone(memory_format=torch.contiguous_format)
         return tensors
 
     def base_name(self, tensor: str) -> str | None:
@@ -163,7 +166,7 @@ class CompressedTensors:
                 by_scheme.setdefault(a.scheme, []).append(a.weight.module)
         single = len(by_scheme) == 1
         groups = {
-            f"group_{n}": _group(scheme, ["Linear"] if single else modules)
+            f"group_{n}": _group(scheme, ["Linear"] if single else _patterns(modules))
             for n, (scheme, modules) in enumerate(by_scheme.items())
         }
         layouts = {_layout(s) for s in by_scheme}
@@ -195,6 +198,13 @@ class CompressedTensors:
             notes.append(
                 "transformers needs CompressedTensorsConfig(dequantize=True) for asymmetric packed weights"
             )
+        experts = {a.scheme for a in facts.assigned if ".experts." in a.weight.name and a.weight.part is None}
+        if len(experts) > 1:
+            loads.clear()
+            notes.append("transformers, vLLM and SGLang fuse experts, which must all have one scheme there")
+        elif any(s is None or not s.sym or _layout(s) == _INT for s in experts):
+            loads.remove("transformers")
+            notes.append("transformers reads experts packed and symmetric only: not kept, not w8, not _asym")
         if any(s.bits in (3, 5, 6, 7) for s in schemes):
             notes.append("3, 5, 6 and 7 bits need compressed-tensors 0.18 or newer")
         return tuple(loads), tuple(notes)
@@ -205,6 +215,17 @@ FORMAT = CompressedTensors()
 
 def _layout(scheme: Scheme) -> str:
     return _INT if scheme.bits == 8 and scheme.group_size is None else _PACKED
+
+
+def _patterns(modules: Sequence[str]) -> list[str]:
+    """Targets for these modules: names, and one pattern for the experts of a layer.
+
+    Transformers fuses experts, so it finds no module of that name; it takes the group that names
+    experts in a pattern.
+    """
+    numbered = {m: re.sub(r"\.experts\.\d+\.", ".experts.#.", m) for m in modules}
+    patterns = (n if n == m else f"re:{re.escape(n)}$".replace(r"\#", r"\d+") for m, n in numbered.items())
+    return list(dict.fromkeys(patterns))
 
 
 def _groups_of(module: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -18,7 +18,9 @@ from torch import Tensor
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
 from quantkit.numerics import affine, cholesky, feedback, grids
-from quantkit.numerics.feedback import DynamicGroups, StaticGroups
+from quantkit.numerics.cholesky import Factor
+from quantkit.numerics.curvature import Curvature, curvature
+from quantkit.numerics.feedback import DynamicGroups, Fit, StaticGroups, round_with_feedback
 from quantkit.numerics.grids import Scales
 from quantkit.numerics.nearest import fit_groups, nearest
 from quantkit.numerics.polish import polish
@@ -85,17 +87,12 @@ _PLAIN: dict[str, str | int] = {"scales": "absmax", "act_order": "off", "polish"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the weights of a site share.
-
-    order       (in,) processing order of the columns
-    upper       (in, in) factor in that order, or None when every weight is rounded by itself
-    gram        (in, in) gram / tokens, shrunk, in that order
-    importance  (in,) mean square of each input, in file order
+    """What the weights of a site share: its curvature in processing order, the factor of that, and the
+    mean square of each input (in,) in file order. Without a factor every weight is rounded by itself.
     """
 
-    order: Tensor
-    upper: Tensor | None
-    gram: Tensor
+    curvature: Curvature
+    factor: Factor | None
     importance: Tensor
     note: str | None
 
@@ -120,32 +117,24 @@ class Gptq:
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Prepared:
         if stats is None or stats.gram is None or stats.tokens == 0:
             raise NumericsError("gptq needs calibration, and no token reached this site")
-        gram = stats.gram / stats.tokens
-        importance = gram.diagonal().clone()
-        if not bool(torch.isfinite(importance).all()):
-            raise NumericsError("the gram of this site holds non-finite values")
-        cholesky.revive_(gram)
-        if not self.params.plain:
-            cholesky.shrink_(gram, stats.tokens)
-        order = self._order(gram.diagonal(), scheme)
+        seen = curvature(stats.gram, stats.tokens, shrink=not self.params.plain)
+        ordered = seen.ordered(self._order(seen.diagonal, scheme))
+        importance = stats.gram.diagonal() / stats.tokens
         try:
-            found = cholesky.factor(gram, order, self.params.damp)
+            found = cholesky.factor(ordered, self.params.damp)
         except NumericsError as error:
-            return Prepared(order, None, gram, importance, f"rounded to nearest: {error.message}")
-        if self.params.polish:
-            gram = gram.index_select(0, order).index_select(1, order)
-        return Prepared(order, found.upper, gram, importance, found.note)
+            return Prepared(ordered, None, importance, f"rounded to nearest: {error.message}")
+        return Prepared(ordered, found, importance, found.note)
 
     def quantize(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> Outcome:
-        if prepared.upper is None:
+        if prepared.factor is None:
             return Outcome(nearest(weight, scheme, self.params.scales, prepared.importance), prepared.note)
-        pieces = [self._solve(rows, prepared, prepared.upper, scheme) for rows in _pieces(weight)]
+        pieces = [self._solve(rows, prepared, prepared.factor, scheme) for rows in _pieces(weight)]
         zeros = [p.zero_point for p in pieces if p.zero_point is not None]
-        scales = [p.scale for p in pieces if isinstance(p.scale, Tensor)]
         whole = Affine(
             codes=torch.cat([p.codes for p in pieces]),
             bits=scheme.bits,
-            scale=torch.cat(scales),
+            scale=torch.cat([p.scale for p in pieces if isinstance(p.scale, Tensor)]),
             group=scheme.group((weight.shape[0], weight.shape[1])),
             zero_point=torch.cat(zeros) if zeros else None,
             column_group=pieces[0].column_group,
@@ -161,36 +150,44 @@ class Gptq:
             case "static" | "free":
                 return feedback.descending(diagonal)
 
-    def _solve(self, weight: Tensor, site: Prepared, upper: Tensor, scheme: Scheme) -> Affine:
-        width = weight.shape[1]
+    def _solve(self, weight: Tensor, site: Prepared, factor: Factor, scheme: Scheme) -> Affine:
+        """Codes of some rows: feedback on fixed or fitted grids, then the polish."""
+        width, order = weight.shape[1], site.curvature.order
         columns = scheme.group_size or width
-        work = weight.T[site.order].contiguous()
+        w_io = weight.T[order].contiguous()
         position = torch.arange(width, device=weight.device) // columns
-        column_group = None
-        if self.params.act_order == "static":
+        # one group per row has the same grid whether it is fitted before or when its first column is met
+        if self.params.act_order == "static" or columns == width:
             scale, zero = fit_groups(weight, scheme, self.params.scales, site.importance)
-            fixed = StaticGroups(scale, zero, position[site.order])
-            codes = self._feedback(work, upper, fixed, scheme)
+            fixed = StaticGroups(scale, zero, position[order])
+            codes_io = round_with_feedback(w_io, factor, fixed, scheme.bits, _BATCH_COLUMNS).codes_io
         else:
             dynamic = DynamicGroups(self._fit(site, scheme), columns)
-            codes = self._feedback(work, upper, dynamic, scheme)
+            batch = feedback.batch_width(columns, _BATCH_COLUMNS)
+            codes_io = round_with_feedback(w_io, factor, dynamic, scheme.bits, batch).codes_io
             scale, zero = dynamic.tables()
             fixed = StaticGroups(scale, zero, position)
-            if self.params.act_order == "free" and columns < width:
-                column_group = torch.empty(width, dtype=torch.int32, device=weight.device)
-                column_group[site.order] = position.to(torch.int32)
-            elif self.params.act_order == "group_aware":
-                met = torch.argsort(site.order[::columns] // columns)
-                scale, zero = scale[:, met], None if zero is None else zero[:, met]
         if self.params.polish:
-            original = weight.T[site.order].contiguous()
-            polish(codes, original, site.gram, fixed, scheme.bits, self.params.polish, _BATCH_COLUMNS)
-        unordered = torch.empty(
-            width, weight.shape[0], dtype=affine.code_dtype(scheme.sym), device=weight.device
-        )
-        unordered[site.order] = codes.to(unordered.dtype)
+            polish(codes_io, w_io, site.curvature, fixed, scheme.bits, self.params.polish, _BATCH_COLUMNS)
+        return self._assemble(codes_io, scale, zero, order, scheme)
+
+    def _assemble(
+        self, codes_io: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor, scheme: Scheme
+    ) -> Affine:
+        """Codes and group scales back in file order, with the group of each column when that is free."""
+        width = codes_io.shape[0]
+        columns = scheme.group_size or width
+        column_group = None
+        if columns < width and self.params.act_order == "free":
+            column_group = torch.empty(width, dtype=torch.int32, device=codes_io.device)
+            column_group[order] = (torch.arange(width, device=order.device) // columns).to(torch.int32)
+        elif columns < width and self.params.act_order == "group_aware":
+            met = torch.argsort(order[::columns] // columns)
+            scale, zero = scale[:, met], None if zero is None else zero[:, met]
+        codes = torch.empty(codes_io.shape, dtype=affine.code_dtype(scheme.sym), device=codes_io.device)
+        codes[order] = codes_io.to(codes.dtype)
         return Affine(
-            codes=unordered.T.contiguous(),
+            codes=codes.T.contiguous(),
             bits=scheme.bits,
             scale=scale.to(getattr(torch, scheme.scale_dtype)).contiguous(),
             group=(1, columns),
@@ -198,17 +195,8 @@ class Gptq:
             column_group=column_group,
         )
 
-    def _feedback(
-        self, work: Tensor, upper: Tensor, on: DynamicGroups | StaticGroups, scheme: Scheme
-    ) -> Tensor:
-        columns = scheme.group_size or work.shape[0]
-        batch = _BATCH_COLUMNS
-        if isinstance(on, DynamicGroups):
-            batch = feedback.batch_width(columns, batch)
-        return feedback.round_with_feedback(work, upper, on, scheme.bits, batch).codes_io
-
-    def _fit(self, site: Prepared, scheme: Scheme) -> feedback.Fit:
-        in_order = site.importance[site.order]
+    def _fit(self, site: Prepared, scheme: Scheme) -> Fit:
+        in_order = site.importance[site.curvature.order]
         dtype = getattr(torch, scheme.scale_dtype)
 
         def fit(w: Tensor, members: slice) -> tuple[Tensor, Tensor | None]:

@@ -94,8 +94,10 @@ class Layout:
 def role_of(module: str) -> Role:
     """Role of a matrix inside a block, from its module name; "other" when nothing matches."""
     path = "." + re.sub(r"\.\d+(?=\.)|(\.weight)?\[\d+\]$", "", module)
-    roles = (role for role, endings in _ROLES.items() if path.endswith(tuple(f".{e}" for e in endings)))
-    return next(roles, "other")
+    for role, endings in _ROLES.items():
+        if path.endswith(tuple(f".{ending}" for ending in endings)):
+            return role
+    return "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +215,12 @@ def _converted(
             f"`{target}` cannot be assembled from its {collected:,} tensors in the checkpoint: {error}",
             remedy="check that no file is missing",
         ) from error
-    pieces = {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
-    for name, piece in pieces.items():
-        if not isinstance(piece, Traced):
+    pieces: dict[str, Traced] = {}
+    for name, value in result.items():
+        piece = value[0] if isinstance(value, list) else value
+        if isinstance(piece, Traced):
+            pieces[name] = piece
+        else:
             raise UnsupportedError(
                 f"`{name}` is made from checkpoint tensors by {transform}, which quantkit cannot follow",
                 remedy="save the model once with Transformers' save_pretrained and use that folder",

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from quantkit.checkpoint.reader import Checkpoint, first_nonfinite
 from quantkit.errors import NumericsError, UnsupportedError
 from quantkit.model.blocks import Call, check_independent
-from quantkit.model.graph import Block, ModelGraph, Weight
+from quantkit.model.graph import Block, ModelGraph, Part, Weight
 from quantkit.model.observe import Observer, Product
 from quantkit.model.skeleton import Skeleton, restore_buffers
 from quantkit.model.tiles import Tile, element
@@ -99,6 +99,13 @@ class Runtime:
         if left:
             raise UnsupportedError(f"block {index} has tensors that no file fills: {left}")
         return LoadedBlock(self, index, module)
+
+    def read(self, weight: Weight) -> Tensor:
+        """(out, in) fp32 values of `weight` exactly as the checkpoint has them, whatever the runtime's dtype.
+
+        NumericsError when it holds NaN or infinity.
+        """
+        return self._source.matrix(weight).to(self.device, torch.float32)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, length, vocabulary) logits from the (rows, length, hidden) states after the last block."""
@@ -207,8 +214,10 @@ class LoadedBlock:
         return on_disk.mT if _transposed(weight) else on_disk
 
     @contextmanager
-    def replaced(self, new: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[LoadedBlock]:
-        """Run with other values: `Weight.key` → (out, in) tensor, taken one by one, written in place.
+    def replaced(self, new: Mapping[str, Tensor]) -> Iterator[LoadedBlock]:
+        """Run with other values: `Weight.key` → (out, in) tensor, written in place one by one.
+
+        `new` is gone through once, so a mapping that makes each value when asked needs no memory for all.
 
         Afterwards the block has the checkpoint's values again. They are read back only when they are
         next needed, so the last replacement of a block costs no reading. Does not nest.
@@ -217,7 +226,7 @@ class LoadedBlock:
             raise RuntimeError("replaced() does not nest")
         self._meant = set()
         try:
-            for key, value in new.items() if isinstance(new, Mapping) else new:
+            for key, value in new.items():
                 self._changed.add(key)
                 self._write(self._weights[key], value)
                 self._meant.add(key)
@@ -297,6 +306,16 @@ class _Source:
         tensor = self._checkpoint.read(name)
         _check_finite(tensor, name, "")
         return tensor
+
+    def matrix(self, weight: Weight) -> Tensor:
+        """(out, in) matrix of a weight in its stored dtype; of a stack of experts only the one asked for."""
+        part = weight.part or Part()
+        if part.expert is None:
+            tensor = self.read(weight.name)
+        else:
+            tensor = self._checkpoint.read(weight.name, rows=slice(part.expert, part.expert + 1))[0]
+            _check_finite(tensor, weight.key, "")
+        return tensor.mT if part.transposed else tensor
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Runtime tensors by name, filled one checkpoint tensor at a time."""

@@ -91,7 +91,7 @@ class Skeleton:
                 lambda visit, x: self.forward(visit, head=False, inputs_embeds=x),
                 (ramp, ramp.flip(0, 1)),
             )
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             name = type(self.model).__name__
             raise UnsupportedError(
                 f"{name} cannot be run without data to see its structure: {error}"
@@ -242,8 +242,9 @@ def restore_buffers(owner: PreTrainedModel, root: nn.Module, device: torch.devic
     if not names:
         return
     initialise: Any = owner._init_weights
-    for tensor in (*root.parameters(recurse=False), *root.buffers(recurse=False)):
-        tensor.__dict__["_is_hf_initialized"] = True  # Transformers' initialisers leave it alone
+    flagged: Any
+    for flagged in (*root.parameters(recurse=False), *root.buffers(recurse=False)):
+        flagged._is_hf_initialized = True  # Transformers' initialisers leave it alone
     results = []
     for fill in (0, 1):
         for n in names:

@@ -68,7 +68,7 @@ def element(shape: Sequence[int], place: Iterable[int]) -> int:
 class Traced(torch.Tensor):
     """A meta tensor that remembers its tiles through stacking, joining, transposing and splitting."""
 
-    tiles: tuple[Tile, ...]
+    tiles: tuple[Tile, ...] = ()
 
     @classmethod
     def make(cls, meta: Tensor, tiles: Iterable[Tile]) -> Traced:

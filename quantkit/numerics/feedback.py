@@ -1,7 +1,12 @@
-"""Rounding with error feedback: the GPTQ loop (Frantar et al. 2022, algorithm 1; equal to LDLQ).
+"""Rounding with error feedback: GPTQ (Frantar et al. 2022) in its inverse-free form, which is LDLQ.
 
-For columns j in processing order: q_j = Q(w_j), e = (w_j − q_j)/U_jj, w_k −= e·U_jk for k > j, where
-U is the upper factor of the inverse gram in that order. The loss Σ e² equals tr(Δ·H·Δᵀ), H = (UᵀU)⁻¹.
+With H = R·Rᵀ, R upper triangular, and columns k in processing order:
+
+    q_k = Q( w_k + Σ_{j<k} (w_j − q_j)·R_jk / R_kk )
+
+where w are the original weights. Codes, group scales and loss are those of the published loop, which
+updates the remaining weights by the factor of H⁻¹ instead. The loss Σ_k (q_k's rounding error · R_kk)²
+equals tr(Δ·H·Δᵀ).
 
 Weights are held transposed, one contiguous row per input: the same codes, two to three times faster
 than strided columns. Shape suffixes: o out, i in, g groups.
@@ -17,16 +22,19 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import affine
+from quantkit.numerics.cholesky import Factor
 
 # (out, g) compensated weights and their positions in processing order → (scale, zero point) as (out, 1)
 Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+# positions in processing order → (g, out) weights with all errors so far fed into them
+Compensated = Callable[[slice], Tensor]
 
 
 class Grids(Protocol):
     """Which grid a column is rounded on."""
 
-    def at(self, column: int, work_io: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(out,) scale and zero point for processing position `column`; `work_io` is compensated so far."""
+    def at(self, column: int, compensated: Compensated) -> tuple[Tensor, Tensor | None]:
+        """(out,) scale and zero point for processing position `column`."""
         ...
 
 
@@ -35,19 +43,19 @@ class DynamicGroups:
 
     def __init__(self, fit: Fit, group_size: int) -> None:
         self._fit, self._group_size = fit, group_size
-        self.fitted: list[tuple[Tensor, Tensor | None]] = []
+        self._fitted: list[tuple[Tensor, Tensor | None]] = []
 
-    def at(self, column: int, work_io: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, column: int, compensated: Compensated) -> tuple[Tensor, Tensor | None]:
         if column % self._group_size == 0:
             members = slice(column, column + self._group_size)
-            scale, zero = self._fit(work_io[members].T, members)
-            self.fitted.append((scale.flatten(), None if zero is None else zero.flatten()))
-        return self.fitted[-1]
+            scale, zero = self._fit(compensated(members).T, members)
+            self._fitted.append((scale.flatten(), None if zero is None else zero.flatten()))
+        return self._fitted[-1]
 
     def tables(self) -> tuple[Tensor, Tensor | None]:
         """(out, groups) scales and zero points in the order the groups were met."""
-        zeros = [z for _, z in self.fitted if z is not None]
-        return torch.stack([s for s, _ in self.fitted], 1), torch.stack(zeros, 1) if zeros else None
+        zeros = [z for _, z in self._fitted if z is not None]
+        return torch.stack([s for s, _ in self._fitted], 1), torch.stack(zeros, 1) if zeros else None
 
 
 class StaticGroups:
@@ -58,14 +66,14 @@ class StaticGroups:
         self._zero_go = None if zero_og is None else zero_og.T.contiguous()
         self._group_of = group_of.tolist()
 
-    def at(self, column: int, work_io: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at(self, column: int, compensated: Compensated | None = None) -> tuple[Tensor, Tensor | None]:
         group = self._group_of[column]
         return self._scale_go[group], None if self._zero_go is None else self._zero_go[group]
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """codes_io (in, out) fp32 in processing order; loss_o (out,) is Σ e² of each row."""
+    """codes_io (in, out) fp32 in processing order; loss_o (out,) is tr(Δ·H·Δᵀ) of each row."""
 
     codes_io: Tensor
     loss_o: Tensor
@@ -90,37 +98,43 @@ def group_aware(diagonal: Tensor, group_size: int) -> Tensor:
 
 
 def batch_width(group_size: int, batch_columns: int) -> int:
-    """Columns per lazy update: a multiple or a divisor of the group, so that no group starts mid-batch."""
-    if group_size >= batch_columns:
-        return batch_columns if group_size % batch_columns == 0 else group_size
-    return batch_columns - batch_columns % group_size
+    """Columns solved together: whole groups, so that a group's compensated weights are at hand at once."""
+    return max(group_size, batch_columns - batch_columns % group_size)
 
 
 def round_with_feedback(
-    work_io: Tensor, upper_ii: Tensor, grids: Grids, bits: int, batch_columns: int = 128
+    w_io: Tensor, factor: Factor, grids: Grids, bits: int, batch_columns: int = 128
 ) -> Rounded:
-    """Round weights (in, out) fp32, row by row in processing order, feeding each error to the rest.
+    """Round weights (in, out) fp32, each output by itself, in processing order; `factor` is in that order.
 
-    `upper_ii` (in, in) fp32 is the factor in that same order. `work_io` is overwritten with the
-    compensated weights. `batch_columns` positions share one lazy update of all that follow; groups
-    must not start inside a batch and reach past it (see `batch_width`).
+    Columns are solved in batches: one product brings in the errors of everything before, rank-one
+    updates those inside. Groups fitted on the way must not reach past a batch (see `batch_width`).
     """
-    width, out = work_io.shape
-    codes_io = torch.empty_like(work_io)
-    loss_o = work_io.new_zeros(out)
-    diagonal = upper_ii.diagonal().tolist()
+    width, out = w_io.shape
+    codes_io = torch.empty_like(w_io)
+    error_io = torch.empty_like(w_io)
+    loss_o = torch.zeros(out, device=w_io.device)
     for start in range(0, width, batch_columns):
         end = min(start + batch_columns, width)
-        errors = torch.empty_like(work_io[start:end])
+        columns = factor.columns(start, end)
+        inner = columns[start:]
+        pull = columns[:start].T @ error_io[:start]
+        pivots = inner.diagonal().tolist()
+
+        def compensated(members: slice, first: int = start, inner: Tensor = inner, pull: Tensor = pull) -> Tensor:
+            own = slice(members.start - first, members.stop - first)
+            moved: Tensor = torch.linalg.solve_triangular(inner[own, own].T, pull[own], upper=False)
+            return w_io[members] + moved
+
         for j in range(start, end):
-            scale, zero = grids.at(j, work_io)
-            code = affine.steps(work_io[j], scale, zero, bits)
-            error = (work_io[j] - affine.restore(code, scale, zero)).div_(diagonal[j])
+            k = j - start
+            scale, zero = grids.at(j, compensated)
+            target = w_io[j] + pull[k] / pivots[k]
+            code = affine.steps(target, scale, zero, bits)
+            value = affine.restore(code, scale, zero)
             codes_io[j] = code
-            errors[j - start] = error
+            error_io[j] = w_io[j] - value
+            loss_o += ((target - value) * pivots[k]).square_()
             if j + 1 < end:
-                work_io[j + 1 : end].addr_(upper_ii[j, j + 1 : end], error, alpha=-1)
-        loss_o += errors.square().sum(0)
-        if end < width:
-            work_io[end:].addmm_(upper_ii[start:end, end:].T, errors, alpha=-1)
+                pull[k + 1 :].addr_(inner[k, k + 1 :], error_io[j])
     return Rounded(codes_io, loss_o)

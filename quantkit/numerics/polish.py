@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import affine
+from quantkit.numerics.curvature import Curvature
 from quantkit.numerics.feedback import StaticGroups
 
 # a sweep that gains less than this share of the loss is the last one
@@ -20,7 +21,7 @@ _ENOUGH = 0.002
 def polish(
     codes_io: Tensor,
     w_io: Tensor,
-    gram_ii: Tensor,
+    curvature: Curvature,
     grids: StaticGroups,
     bits: int,
     sweeps: int,
@@ -28,29 +29,33 @@ def polish(
 ) -> None:
     """Improve `codes_io` (in, out) fp32 in place by up to `sweeps` passes over the columns.
 
-    w_io (in, out) fp32 original weights; gram_ii (in, in) fp32 with a positive diagonal, undamped, in
-    the same column order. `batch_columns` share one update of M: inside a batch only the rows of M
-    that are still to be read in it are kept current.
+    w_io (in, out) fp32 original weights, in the processing order of `curvature`. `batch_columns`
+    share one update of M: inside a batch only the rows of M still to be read in it are kept current.
     """
     width = codes_io.shape[0]
-    value_io = torch.stack([affine.restore(codes_io[j], *grids.at(j, codes_io)) for j in range(width)])
-    m_io = gram_ii @ (value_io - w_io)
-    diagonal = gram_ii.diagonal().tolist()
+    value_io = torch.stack([affine.restore(codes_io[j], *grids.at(j)) for j in range(width)])
+    m_io = torch.empty_like(w_io)
+    for start in range(0, width, batch_columns):
+        end = min(start + batch_columns, width)
+        torch.matmul(curvature.rows(start, end), value_io - w_io, out=m_io[start:end])
+    diagonal = curvature.diagonal.tolist()
     before = _loss(value_io, w_io, m_io)
     for _ in range(sweeps):
         for start in range(0, width, batch_columns):
             end = min(start + batch_columns, width)
+            coupling = curvature.rows(start, end)
             inside = m_io[start:end].clone()
             change = torch.empty_like(inside)
             for j in range(start, end):
-                scale, zero = grids.at(j, codes_io)
-                code = affine.steps(value_io[j] - inside[j - start] / diagonal[j], scale, zero, bits)
+                k = j - start
+                scale, zero = grids.at(j)
+                code = affine.steps(value_io[j] - inside[k] / diagonal[j], scale, zero, bits)
                 value = affine.restore(code, scale, zero)
-                change[j - start] = value - value_io[j]
-                inside[j - start + 1 :].addr_(gram_ii[j, j + 1 : end], change[j - start])
+                change[k] = value - value_io[j]
+                inside[k + 1 :].addr_(coupling[k, j + 1 : end], change[k])
                 value_io[j] = value
                 codes_io[j] = code
-            m_io.addmm_(gram_ii[:, start:end], change)
+            m_io.addmm_(coupling.T, change)
         after = _loss(value_io, w_io, m_io)
         if before - after < _ENOUGH * before:
             break

@@ -111,7 +111,9 @@ class _Run:
         graph = self._plan.graph
         runtime = Runtime(self._plan.checkpoint, graph, dtype=self._dtype, device=self._device)
         batch_tokens = self._recipe.device.batch_tokens
-        streams = Streams(store, runtime.skeleton.width, self._dtype, self._device, batch_tokens)
+        # not the width of the embedding: some models widen it before the first block
+        hidden = graph.blocks[0].sites[0].width
+        streams = Streams(store, hidden, self._dtype, self._device, batch_tokens)
         what = SweepPlan(
             self._plan.targets,
             self._keys,

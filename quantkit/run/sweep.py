@@ -57,6 +57,25 @@ class SweepPlan:
                 yield own, rows
 
 
+class _Held:
+    """The block at work, loaded when its forward pass is wanted and dropped while weights are solved.
+
+    Solving needs memory of its own (a gram and its factor), and reads weights one at a time.
+    """
+
+    def __init__(self, runtime: Runtime, index: int) -> None:
+        self._runtime, self._index = runtime, index
+        self._loaded: LoadedBlock | None = None
+
+    def get(self) -> LoadedBlock:
+        if self._loaded is None:
+            self._loaded = self._runtime.load(self._index)
+        return self._loaded
+
+    def drop(self) -> None:
+        self._loaded = None
+
+
 class Sweep:
     """One pass over the blocks for the targets of a SweepPlan."""
 
@@ -109,17 +128,17 @@ class Sweep:
 
     def _block(self, block: Block, stored: set[str], progress: Progress) -> dict[str, list[Made]]:
         fresh = [t for t in self._plan.targets if t.name not in stored]
-        loaded = self._runtime.load(block.index)
+        held = _Held(self._runtime, block.index)
         made: dict[str, list[Made]] = {t.name: [] for t in fresh}
-        self._reference(loaded, block, [t for t in fresh if not t.target.feedback], made)
+        self._reference(held, block, [t for t in fresh if not t.target.feedback], made)
         for target in fresh:
             if target.target.feedback:
-                self._collect(loaded, block, self._plan.keys[target.name], [target], made)
+                self._collect(held, block, self._plan.keys[target.name], [target], made)
         _report(made, progress)
         linears = {name: [m.linear for m in results] for name, results in made.items()}
         for name in stored:
             linears[name] = self._store.load(self._plan.keys[name], block.index)
-        self._advance_targets(loaded, block.index, linears)
+        self._advance_targets(held, block.index, linears)
         self._store.commit(
             block.index,
             {
@@ -132,20 +151,20 @@ class Sweep:
         return made
 
     def _reference(
-        self, loaded: LoadedBlock, block: Block, fresh: Sequence[TargetPlan], made: dict[str, list[Made]]
+        self, held: _Held, block: Block, fresh: Sequence[TargetPlan], made: dict[str, list[Made]]
     ) -> None:
-        """Statistics of the reference stream and codes from them; the last wave moves the rows on."""
+        """Move the reference stream on, gather its statistics, and choose codes from them."""
+        for rows in self._plan.evaluation:
+            self._streams.advance(block.index, REFERENCE, rows, held.get().run)
         travels = {(stream, rows.name) for stream, rows in self._plan.stream_rows()}
         if self._plan.calibration is not None and (REFERENCE, self._plan.calibration.name) in travels:
-            self._collect(loaded, block, REFERENCE, fresh, made)
+            self._collect(held, block, REFERENCE, fresh, made)
         else:
-            self._quantize(block.sites, None, loaded, fresh, made)
-        for rows in self._plan.evaluation:
-            self._streams.advance(block.index, REFERENCE, rows, loaded.run)
+            self._quantize(block.sites, None, held, fresh, made)
 
     def _collect(
         self,
-        loaded: LoadedBlock,
+        held: _Held,
         block: Block,
         stream: str,
         targets: Sequence[TargetPlan],
@@ -161,31 +180,33 @@ class Sweep:
             last = wave[-1] is block.sites[-1]
             widths = {site.id: site.width for site in wave}
             recorder = Recorder(widths, {site.id: needs[site.id] for site in wave}, self._runtime.device)
-            outputs = (
-                loaded.run(states, recorder) for _, states in self._streams.batches(block.index, stream, rows)
-            )
+            loaded = held.get()
+            batches = self._streams.batches(block.index, stream, rows)
+            outputs = (loaded.run(states, recorder) for _, states in batches)
             if last and moves:
                 self._streams.write(block.index + 1, stream, rows, _finite(outputs, block, stream))
             else:
                 for _ in outputs:
                     pass
-            self._quantize(wave, recorder, loaded, targets, made)
+            del loaded, outputs
+            self._quantize(wave, recorder, held, targets, made)
 
     def _quantize(
         self,
         sites: Sequence[Site],
         recorder: Recorder | None,
-        loaded: LoadedBlock,
+        held: _Held,
         targets: Sequence[TargetPlan],
         made: dict[str, list[Made]],
     ) -> None:
+        held.drop()
         for site in sites:
             stats: Statistics | None = None if recorder is None else recorder.take(site.id)
-            for name, results in quantize_site(site, stats, loaded.weight, targets).items():
+            for name, results in quantize_site(site, stats, self._runtime.read, targets).items():
                 made[name] += results
 
     def _advance_targets(
-        self, loaded: LoadedBlock, block: int, linears: Mapping[str, Sequence[QuantizedLinear]]
+        self, held: _Held, block: int, linears: Mapping[str, Sequence[QuantizedLinear]]
     ) -> None:
         """Every target's own rows through its quantized block."""
         for target in self._plan.targets:
@@ -194,7 +215,8 @@ class Sweep:
             if not own:
                 continue
             by_key = {linear.name: linear for linear in linears[target.name]}
-            with loaded.replaced(Dequantized(by_key, self._runtime.dtype, self._runtime.device)):
+            quantized = Dequantized(by_key, self._runtime.dtype, self._runtime.device)
+            with held.get().replaced(quantized) as loaded:
                 for rows in own:
                     self._streams.advance(block, key, rows, loaded.run)
 

@@ -85,7 +85,7 @@ def linear(weight: Weight, scheme: Scheme, rng: torch.Generator) -> QuantizedLin
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    data = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
     return hashlib.sha256(data).hexdigest()
 
 

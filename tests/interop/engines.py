@@ -20,7 +20,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from quantkit import Calibration, Device, Eval, EvalText, Output, Recipe, Rule, convert, parse_targets, registry
+from quantkit import (
+    Calibration,
+    Device,
+    Eval,
+    EvalText,
+    Output,
+    Recipe,
+    Rule,
+    convert,
+    parse_targets,
+    plan,
+    registry,
+)
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.run.report import Report
 from quantkit.tensors import dequantize
@@ -74,9 +86,9 @@ def make_source(folder: Path, family: str, dtype: torch.dtype = torch.float32, *
     return Source(folder, *texts)
 
 
-def quantize(source: Source, out: Path, targets: Sequence[str], rules: Sequence[Rule] = ()) -> Report:
-    """Convert to every target, given as shorthands, in one sweep, measuring perplexity."""
-    recipe = Recipe(
+def recipe_of(source: Source, out: Path, targets: Sequence[str], rules: Sequence[Rule] = ()) -> Recipe:
+    """Every target, given as shorthands, with perplexity measured."""
+    return Recipe(
         source=str(source.folder),
         targets=tuple(target for text in targets for target in parse_targets(text)),
         output=Output(dir=str(out)),
@@ -87,7 +99,19 @@ def quantize(source: Source, out: Path, targets: Sequence[str], rules: Sequence[
         ),
         rules=tuple(rules),
     )
-    return convert(recipe)
+
+
+def quantize(source: Source, out: Path, targets: Sequence[str], rules: Sequence[Rule] = ()) -> Report:
+    """Convert to all targets in one sweep."""
+    return convert(recipe_of(source, out, targets, rules))
+
+
+def make(source: Source, out: Path, target: str, rules: Sequence[Rule] = ()) -> tuple[Path, list[str]]:
+    """The folder of one target, and the engines that quantkit says will load it."""
+    recipe = recipe_of(source, out, [target], rules)
+    (told,) = plan(recipe).to_json()["targets"]
+    convert(recipe)
+    return out / told["name"], told["engines"]
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
