@@ -113,7 +113,7 @@ def round_with_feedback(
     width, out = w_io.shape
     codes_io = torch.empty_like(w_io)
     error_io = torch.empty_like(w_io)
-    loss_o = torch.zeros(out, device=w_io.device)
+    loss_o = w_io.new_zeros(out)
     for start in range(0, width, batch_columns):
         end = min(start + batch_columns, width)
         columns = factor.columns(start, end)
@@ -121,7 +121,9 @@ def round_with_feedback(
         pull = columns[:start].T @ error_io[:start]
         pivots = inner.diagonal().tolist()
 
-        def compensated(members: slice, first: int = start, inner: Tensor = inner, pull: Tensor = pull) -> Tensor:
+        def compensated(
+            members: slice, first: int = start, inner: Tensor = inner, pull: Tensor = pull
+        ) -> Tensor:
             own = slice(members.start - first, members.stop - first)
             moved: Tensor = torch.linalg.solve_triangular(inner[own, own].T, pull[own], upper=False)
             return w_io[members] + moved

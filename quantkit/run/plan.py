@@ -29,8 +29,6 @@ from quantkit.run.table import Table
 DEMO = "demo"
 # Interpreter, torch and transformers before any weight is read, with the allocator's slack.
 _BASE_BYTES = 700 << 20
-# The factor of a gram needs, beside the gram: the permuted copy, its Cholesky factor, the inverse.
-_FACTOR_COPIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +252,12 @@ def _estimate(
     outer = max((w.shape[0] * w.shape[1] for w in graph.outer), default=0) * itemsize
     hidden = graph.blocks[0].sites[0].width if graph.blocks else 0
     gram = any(Need.GRAM in t.needs for t in resolved.targets)
-    factor = _FACTOR_COPIES * 4 * widest * widest if gram else 0
-    # one site's rows in fp32, several working copies of a piece of them, and the codes of the block
-    solve = 2 * 4 * widest * tallest + weights * len(resolved.targets)
-    activations = 12 * recipe.device.batch_tokens * max(widest, hidden) * itemsize
-    fixed = _BASE_BYTES + max(outer * 2, weights * itemsize + max(factor + solve, activations))
+    # a block is in memory while rows run through it, and dropped while its sites are solved
+    forward = weights * itemsize + 12 * recipe.device.batch_tokens * max(widest, hidden) * itemsize
+    factor = 4 * widest * widest if gram else 0
+    # one site's rows in fp32, stacked, with working copies of a piece of them, and the codes of the block
+    solve = factor + 3 * 4 * widest * tallest + weights * len(resolved.targets)
+    fixed = _BASE_BYTES + max(outer * 2, forward, solve)
     every = max(
         (sum(nbytes(s.width, Need.GRAM | Need.SQUARES) for s in b.sites) for b in graph.blocks), default=0
     )

@@ -143,15 +143,23 @@ def ours(folder: Path, format_name: str, stored: torch.dtype = torch.float32) ->
     return logits(load(plain))
 
 
-def measure(model: PreTrainedModel, folder: Path, format_name: str, source: Source, **options: Any) -> Distance:
+def measure(
+    model: PreTrainedModel, folder: Path, format_name: str, source: Source, **options: Any
+) -> Distance:
     """How far an engine's model is from ours and from the source."""
-    found = logits(model)
+    return distance(logits(model), folder, format_name, source, **options)
+
+
+def distance(found: Tensor, folder: Path, format_name: str, source: Source, **options: Any) -> Distance:
+    """The same of logits that are there already."""
     assert bool(torch.isfinite(found).all())
-    distances = (found - ours(folder, format_name, **options), found - logits(load(source.folder)))
-    return Distance(*(float(d.abs().max()) for d in distances))
+    differences = (found - ours(folder, format_name, **options), found - logits(load(source.folder)))
+    return Distance(*(float(d.abs().max()) for d in differences))
 
 
-def perplexity(model: PreTrainedModel, source: Source, context: int = CONTEXT, windows: int = WINDOWS) -> float:
+def perplexity(
+    model: PreTrainedModel, source: Source, context: int = CONTEXT, windows: int = WINDOWS
+) -> float:
     """exp of the mean NLL over whole windows of the text, each scored but for its first token."""
     from transformers import AutoTokenizer
 
@@ -180,7 +188,9 @@ def _write_decoded(folder: Path, format_name: str, stored: torch.dtype, out: Pat
     tensors = {name: checkpoint.read(name).float() for name in checkpoint.tensors if name not in inside}
     for base, parts in packed.items():
         linear = reader.decode(base, {name: checkpoint.read(name) for name in parts}, quantization)
-        tensors[base] = dequantize(linear.weight).to(stored).float()
+        weight = dequantize(linear.weight).to(stored).float()
+        # its Conv1D layers hold (in, out)
+        tensors[base] = weight.T.contiguous() if config["model_type"] == "gpt2" else weight
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), "utf-8")

@@ -76,9 +76,7 @@ def test_loads_dequantized(scheme: str, llama: Source, results: tuple[Path, Repo
 
 
 @pytest.mark.parametrize("scheme", ["w4g128", "w3g128", "w8"])
-def test_perplexity_is_what_the_report_says(
-    scheme: str, llama: Source, results: tuple[Path, Report]
-) -> None:
+def test_perplexity_is_what_the_report_says(scheme: str, llama: Source, results: tuple[Path, Report]) -> None:
     (told,) = (t.quality[0] for t in results[1].targets if t.name == scheme)
     assert perplexity(load(results[0] / scheme), llama) == pytest.approx(told.target.value, rel=1e-3)
     assert perplexity(load(llama.folder), llama) == pytest.approx(told.source.value, rel=1e-3)

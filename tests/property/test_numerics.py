@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.numerics import affine, bits, cholesky, feedback, grids
+from quantkit.numerics.curvature import curvature
 from quantkit.numerics.nearest import fit_groups, nearest
 from quantkit.numerics.polish import polish
 from quantkit.schemes import Scheme
@@ -92,7 +93,8 @@ W = torch.randn(4, 16, generator=generator(1))
 GRAM = (lambda x: x.T @ x)(torch.randn(40, 16, generator=generator(2)))
 SCALE, ZERO = grids.minmax(W, 4, torch.float32)
 CODES = torch.randint(0, 16, (4, 16), generator=generator(3))
-UPPER = cholesky.factor(GRAM, torch.arange(16), 0.01).upper
+ORDER = torch.randperm(16, generator=generator(5))
+FACTOR = cholesky.factor(curvature(GRAM, 40, shrink=True), 0.01)
 V = torch.rand(16, generator=generator(4))
 GRID = feedback.StaticGroups(SCALE, ZERO, torch.zeros(16, dtype=torch.long))
 
@@ -109,16 +111,20 @@ PURE: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]] = {
     "choose_sym": (lambda w, v: grids.choose(w, 4, True, "weighted", torch.float16, v), (W, V)),
     "fit_groups": (lambda w, v: fit_groups(w, Scheme(4, 4), "weighted", v), (W, V)),
     "nearest": (lambda w, v: nearest(w, Scheme(4, 4, sym=False), "weighted", v).codes, (W, V)),
-    "factor": (lambda g, o: cholesky.factor(g, o, 0.01).upper, (GRAM, torch.randperm(16, generator=generator(5)))),
+    "curvature": (lambda g, o: curvature(g, 40, shrink=True).ordered(o).rows(2, 9), (GRAM, ORDER)),
+    "factor": (
+        lambda g, o: cholesky.factor(curvature(g, 40, shrink=True).ordered(o), 0.01).reversed_lower,
+        (GRAM, ORDER),
+    ),
     "descending": (feedback.descending, (GRAM.diagonal(),)),
     "group_aware": (lambda d: feedback.group_aware(d, 4), (GRAM.diagonal(),)),
     "feedback": (
-        lambda w, u: feedback.round_with_feedback(w.T.clone(memory_format=torch.contiguous_format), u, GRID, 4).codes_io,
-        (W, UPPER),
+        lambda w, r: feedback.round_with_feedback(w, cholesky.Factor(r, None), GRID, 4).codes_io,
+        (W.T.contiguous(), FACTOR.reversed_lower),
     ),
     "polish": (
-        lambda c, w, g: polish(c.T.float().contiguous().clone(), w.T.contiguous(), g, GRID, 4, 2),
-        (CODES, W, GRAM),
+        lambda c, w, g: polish(c.clone(), w, curvature(g, 40, shrink=True), GRID, 4, 2),
+        (CODES.T.float().contiguous(), W.T.contiguous(), GRAM),
     ),
 }
 

@@ -32,7 +32,7 @@ def test_unknown_names_get_a_suggestion_and_the_list() -> None:
     with pytest.raises(RecipeError, match=r"unknown method 'gptp'; did you mean 'gptq'\?") as caught:
         registry.load("methods", "gptp")
     assert caught.value.remedy is not None and "rtn" in caught.value.remedy
-    with pytest.raises(RecipeError, match="unknown format 'zzz'$"):
+    with pytest.raises(RecipeError, match=r"(?m)unknown format 'zzz'$"):
         registry.load("formats", "zzz")
 
 

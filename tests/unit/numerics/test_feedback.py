@@ -5,14 +5,22 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import affine, feedback, grids
-from quantkit.numerics.cholesky import factor
+from quantkit.numerics.cholesky import Factor, factor
+from quantkit.numerics.curvature import curvature
 from quantkit.numerics.feedback import DynamicGroups, StaticGroups, batch_width, round_with_feedback
 from tests.quantized import activations
 
-# e_j = (w_j − q_j) / U_jj, then w_k −= e_j·U_jk: with this factor column j only touches column j + 1
-UPPER = torch.tensor(
-    [[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]]
-)
+# The published loop, with U = R⁻¹: e_j = (w_j − q_j) / U_jj, then w_k −= e_j·U_jk: with this factor column j only touches column j + 1
+UPPER = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]])
+
+
+def factor_of(upper: Tensor) -> Factor:
+    """The factor whose inverse is `upper`, the matrix that the published loop uses."""
+    return Factor(torch.linalg.inv(upper).flip((0, 1)), None)
+
+
+def factor_of(upper: Tensor) -> Factor:
+    return Factor(torch.linalg.inv(upper).flip((0, 1)).contiguous(), None)
 
 
 def one_grid(rows: int, columns: int, scale: float = 1.0) -> StaticGroups:
@@ -31,12 +39,11 @@ def test_a_2_by_4_case_by_hand() -> None:
     # (rounding alone gives 3 and −1 in the last two places of row 1)
     w = torch.tensor([[0.6, 0.6, 0.6, 0.6], [1.4, -0.6, 2.55, -1.3]])
     for batch in (1, 2, 3, 4, 128):
-        work = w.T.contiguous()
-        found = round_with_feedback(work, UPPER, one_grid(2, 4), 4, batch)
+        w_io = w.T.contiguous()
+        found = round_with_feedback(w_io, factor_of(UPPER), one_grid(2, 4), 4, batch)
         assert found.codes_io.T.tolist() == [[1, 1, 1, 1], [1, -1, 2, -2]]
         torch.testing.assert_close(found.loss_o, torch.tensor([0.42, 1.185]))
-        compensated = torch.tensor([[0.6, 0.8, 0.7, 0.75], [1.4, -0.8, 2.45, -1.525]])
-        torch.testing.assert_close(work.T, compensated)
+        assert torch.equal(w_io, w.T)
 
 
 def test_groups_are_fitted_on_compensated_weights_by_hand() -> None:
@@ -54,7 +61,7 @@ def test_groups_are_fitted_on_compensated_weights_by_hand() -> None:
         return grids.absmax(group, 3, torch.float32), None
 
     groups = DynamicGroups(fit, 2)
-    found = round_with_feedback(w.T.contiguous(), upper, groups, 3, batch_width(2, 128))
+    found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, 3, batch_width(2, 128))
     assert seen == [(0, 2), (2, 4)]
     assert found.codes_io.T.tolist() == [[3, 1, 3, 0], [-3, 1, 1, 3]]
     scale, zero = groups.tables()
@@ -75,7 +82,7 @@ def test_act_order_by_hand() -> None:
     upper = torch.eye(4) + torch.diag(torch.full((3,), 0.5), 1)
     w = torch.tensor([[-0.2, 0.6, 3.2, 2.6]])
     static = StaticGroups(torch.tensor([[1.0, 2.0]]), None, torch.tensor([0, 0, 1, 1])[order])
-    found = round_with_feedback(w.T[order].contiguous(), upper, static, 4)
+    found = round_with_feedback(w.T[order].contiguous(), factor_of(upper), static, 4)
     assert found.codes_io.flatten().tolist() == [1, 1, 1, -1]
     torch.testing.assert_close(found.loss_o, torch.tensor([1.6]))
 
@@ -88,65 +95,81 @@ def test_group_aware_order_tears_no_group_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "group, expected", [(1, 128), (32, 128), (96, 96), (33, 99), (128, 128), (256, 128), (192, 192)]
+    "group, expected", [(1, 128), (32, 128), (96, 96), (33, 99), (128, 128), (256, 256), (192, 192)]
 )
-def test_no_group_starts_inside_a_batch_and_reaches_past_it(group: int, expected: int) -> None:
-    batch = batch_width(group, 128)
-    assert batch == expected
-    assert batch % group == 0 or group % batch == 0
+def test_a_batch_holds_whole_groups(group: int, expected: int) -> None:
+    assert batch_width(group, 128) == expected
 
 
 def instance(rng: torch.Generator, out: int = 5, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, damped gram, factor) in fp64, so that only the algorithm is compared."""
+    """(weights, damped gram H, U with H⁻¹ = Uᵀ·U) in fp64, so that only the algorithm is compared."""
     x = activations(width, 4 * width, rng)
     gram = (x.T @ x / x.shape[0]).double()
     gram += 0.01 * gram.diagonal().mean() * torch.eye(width)
-    upper = torch.linalg.inv(torch.linalg.cholesky(gram.flip((0, 1)))).flip((0, 1))
+    upper = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     return torch.randn(out, width, generator=rng).double(), gram, upper
+
+
+def published(
+    w: Tensor, upper: Tensor, fit: feedback.Fit, group: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scales, loss) of algorithm 1 as printed: column by column, the rest compensated each time."""
+    w, (out, width) = w.clone(), w.shape
+    codes, loss, scales = torch.zeros_like(w), torch.zeros(out).double(), []
+    for j in range(width):
+        if j % group == 0:
+            scales.append(fit(w[:, j : j + group], slice(j, j + group))[0][:, 0])
+        codes[:, j] = affine.steps(w[:, j], scales[-1], None, bits)
+        error = (w[:, j] - codes[:, j] * scales[-1]) / upper[j, j]
+        w[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+        loss += error.square()
+    return codes, torch.stack(scales, 1), loss
+
+
+@pytest.mark.parametrize("group", [24, 8, 6, 1])
+def test_codes_scales_and_loss_are_those_of_the_published_loop(group: int, rng: torch.Generator) -> None:
+    """Form A (compensate the rest, factor of the inverse) equals form B (LDLQ, the original weights)."""
+    w, _, upper = instance(rng)
+
+    def fit(part: Tensor, members: slice) -> tuple[Tensor, None]:
+        return part.abs().amax(1, keepdim=True) / 7, None
+
+    codes, scales, loss = published(w, upper, fit, group, 4)
+    for batch in (batch_width(group, 12), batch_width(group, 128)):
+        groups = DynamicGroups(fit, group)
+        found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, 4, batch)
+        assert torch.equal(found.codes_io.T, codes)
+        torch.testing.assert_close(groups.tables()[0], scales)
+        torch.testing.assert_close(found.loss_o, loss)
 
 
 def test_the_reported_loss_is_the_quadratic_form(rng: torch.Generator) -> None:
     w, gram, _ = instance(rng)
-    upper = factor(gram.float(), torch.arange(24), 0.0).upper
+    factored = factor(curvature(gram.float(), 1, shrink=False), 0.0)
     scale = grids.absmax(w.float(), 4, torch.float32)
-    found = round_with_feedback(
-        w.T.float().contiguous(), upper, StaticGroups(scale, None, torch.zeros(24).long()), 4, 8
-    )
+    grid = StaticGroups(scale, None, torch.zeros(24, dtype=torch.long))
+    found = round_with_feedback(w.T.float().contiguous(), factored, grid, 4, 8)
     delta = (found.codes_io.T * scale).double() - w
     expected = torch.einsum("oi,ij,oj->o", delta, gram, delta)
     assert float(((found.loss_o - expected) / expected).abs().max()) < 1e-5
 
 
-def test_feeding_errors_forward_equals_ldlq_on_the_original_weights(rng: torch.Generator) -> None:
-    # form B: with R = U⁻¹ and M = R / diag(R), ŵ_j = Q(w_j + Σ_{k<j} (w_k − ŵ_k)·M_kj), w never changed
-    w, _, upper = instance(rng)
-    scale = w.abs().amax(1, keepdim=True) / 7
-    work = w.T.contiguous()
-    form_a = round_with_feedback(work, upper, StaticGroups(scale, None, torch.zeros(24).long()), 4, 7)
-    inverse = torch.linalg.inv(upper)
-    unit = inverse / inverse.diagonal()
-    value, codes = torch.zeros_like(w), torch.zeros_like(w)
-    for j in range(24):
-        target = w[:, j] + (w[:, :j] - value[:, :j]) @ unit[:j, j]
-        codes[:, j] = affine.steps(target, scale[:, 0], None, 4)
-        value[:, j] = codes[:, j] * scale[:, 0]
-    assert torch.equal(form_a.codes_io.T, codes)
-
-
 def test_with_a_diagonal_gram_feedback_is_rounding(rng: torch.Generator) -> None:
     w = torch.randn(6, 20, generator=rng)
     diagonal = torch.rand(20, generator=rng) + 0.1
-    upper = factor(torch.diag(diagonal), torch.arange(20), 0.01).upper
+    found_factor = factor(curvature(torch.diag(diagonal), 1, shrink=False), 0.01)
     scale = grids.absmax(w, 3, torch.float32)
     grid = StaticGroups(scale, None, torch.zeros(20).long())
-    found = round_with_feedback(w.T.contiguous(), upper, grid, 3, 8)
+    found = round_with_feedback(w.T.contiguous(), found_factor, grid, 3, 8)
     assert torch.equal(found.codes_io.T, affine.steps(w, scale, None, 3))
 
 
 def test_lazy_batches_change_nothing(rng: torch.Generator) -> None:
     w, _, upper = instance(rng, width=40)
     grid = one_grid(5, 40, 0.3)
-    results = [round_with_feedback(w.T.contiguous(), upper, grid, 4, batch) for batch in (1, 7, 40, 128)]
+    results = [
+        round_with_feedback(w.T.contiguous(), factor_of(upper), grid, 4, batch) for batch in (1, 7, 40, 128)
+    ]
     for other in results[1:]:
         assert torch.equal(other.codes_io, results[0].codes_io)
         torch.testing.assert_close(other.loss_o, results[0].loss_o)
@@ -159,10 +182,10 @@ def test_asymmetric_groups_use_their_zero_points(rng: torch.Generator) -> None:
         return grids.minmax(group.float(), 4, torch.float32)
 
     groups = DynamicGroups(fit, 4)
-    found = round_with_feedback(w.T.contiguous(), upper, groups, 4, batch_width(4, 128))
+    found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, 4, batch_width(4, 128))
     scale, zero = groups.tables()
     assert zero is not None
     codes = found.codes_io.T.view(5, 2, 4)
-    assert 0 <= float(codes.min()) and float(codes.max()) <= 15
+    assert float(codes.min()) >= 0 and float(codes.max()) <= 15
     delta = (scale[..., None] * (codes - zero[..., None])).view(5, 8) - w
     torch.testing.assert_close(found.loss_o, torch.einsum("oi,ij,oj->o", delta, gram, delta))

@@ -38,9 +38,7 @@ def test_one_scale_per_tensor_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("sym", [True, False])
-def test_codes_are_nearest_for_the_scale_that_is_stored(
-    dtype: str, sym: bool, rng: torch.Generator
-) -> None:
+def test_codes_are_nearest_for_the_scale_that_is_stored(dtype: str, sym: bool, rng: torch.Generator) -> None:
     w = torch.randn(6, 32, generator=rng)
     q = nearest(w, Scheme(4, 8, sym, scale_dtype=dtype), "absmax")
     assert isinstance(q.scale, torch.Tensor) and q.scale.dtype == getattr(torch, dtype)

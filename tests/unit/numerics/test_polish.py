@@ -8,6 +8,8 @@ from torch import Tensor
 
 from quantkit.numerics import affine, grids
 from quantkit.numerics.cholesky import factor
+from quantkit.numerics.curvature import Curvature, curvature
+from quantkit.numerics.curvature import Curvature, curvature
 from quantkit.numerics.feedback import StaticGroups, round_with_feedback
 from quantkit.numerics.polish import polish
 from tests.quantized import activations
@@ -23,9 +25,19 @@ def grid_of(scale: Tensor, width: int, zero: Tensor | None = None) -> StaticGrou
     return StaticGroups(scale, zero, torch.zeros(width, dtype=torch.long))
 
 
+def seen(gram: Tensor) -> Curvature:
+    """The matrix itself as a curvature."""
+    return curvature(gram, 1, shrink=False)
+
+
 def gram_of(width: int, rng: torch.Generator) -> Tensor:
     x = activations(width, 3 * width, rng)
     return x.T @ x / x.shape[0]
+
+
+def of(gram: Tensor) -> Curvature:
+    """The gram itself, as the curvature of one token."""
+    return curvature(gram, 1, shrink=False)
 
 
 def test_one_column_moves_by_hand() -> None:
@@ -37,7 +49,7 @@ def test_one_column_moves_by_hand() -> None:
     w = torch.tensor([[0.4], [0.4]])
     gram = torch.tensor([[2.0, 1.5], [1.5, 2.0]])
     before = loss(w.T, codes.T, gram)
-    polish(codes, w, gram, grid_of(torch.ones(1, 1), 2), 4, 1)
+    polish(codes, w, of(gram), grid_of(torch.ones(1, 1), 2), 4, 1)
     assert codes.flatten().tolist() == [1, 0]
     torch.testing.assert_close(before, torch.tensor([1.12], dtype=torch.float64))
     torch.testing.assert_close(loss(w.T, codes.T, gram), torch.tensor([0.32], dtype=torch.float64))
@@ -58,7 +70,7 @@ def test_the_loss_never_grows_whatever_made_the_codes(start: str, sym: bool, rng
     grid, codes = grid_of(scale, width, zero), codes.T.contiguous()
     losses = [loss(w, affine.restore(codes.T, scale, zero), gram)]
     for _ in range(3):
-        polish(codes, w.T.contiguous(), gram, grid, bits, 1, 16)
+        polish(codes, w.T.contiguous(), of(gram), grid, bits, 1, 16)
         assert low <= float(codes.min()) and float(codes.max()) <= high
         losses.append(loss(w, affine.restore(codes.T, scale, zero), gram))
     for before, after in itertools.pairwise(losses):
@@ -71,7 +83,7 @@ def test_batches_change_nothing(rng: torch.Generator) -> None:
     results = []
     for batch in (1, 7, 30, 128):
         codes = affine.steps(w, torch.tensor(0.4), None, 3).T.contiguous()
-        polish(codes, w.T.contiguous(), gram, grid_of(torch.full((4, 1), 0.4), 30), 3, 3, batch)
+        polish(codes, w.T.contiguous(), of(gram), grid_of(torch.full((4, 1), 0.4), 30), 3, 3, batch)
         results.append(codes)
     assert all(torch.equal(r, results[0]) for r in results[1:])
 
@@ -80,10 +92,10 @@ def test_no_sweeps_and_an_exact_start_change_nothing(rng: torch.Generator) -> No
     codes = torch.randint(-4, 4, (10, 3), generator=rng).float()
     w, gram = codes * 0.5, gram_of(10, rng)
     polished = codes.clone()
-    polish(polished, w, gram, grid_of(torch.full((3, 1), 0.5), 10), 3, 4)
+    polish(polished, w, of(gram), grid_of(torch.full((3, 1), 0.5), 10), 3, 4)
     assert torch.equal(polished, codes)
     w = torch.randn(10, 3, generator=rng)
-    polish(polished, w, gram, grid_of(torch.full((3, 1), 0.5), 10), 3, 0)
+    polish(polished, w, of(gram), grid_of(torch.full((3, 1), 0.5), 10), 3, 0)
     assert torch.equal(polished, codes)
 
 
@@ -94,11 +106,11 @@ def test_brute_force_polish_and_feedback_are_ordered(seed: int) -> None:
     width, bits, out = 5, 2, 8
     w, gram = torch.randn(out, width, generator=rng), gram_of(width, rng)
     scale = grids.absmax(w, bits, torch.float32)
-    upper = factor(gram, torch.arange(width), 0.01).upper
+    found = factor(of(gram), 0.01)
     grid = grid_of(scale, width)
-    codes = round_with_feedback(w.T.contiguous(), upper, grid, bits).codes_io
+    codes = round_with_feedback(w.T.contiguous(), found, grid, bits).codes_io
     fed = loss(w, codes.T * scale, gram)
-    polish(codes, w.T.contiguous(), gram, grid, bits, 4)
+    polish(codes, w.T.contiguous(), of(gram), grid, bits, 4)
     polished = loss(w, codes.T * scale, gram)
     every = torch.tensor(list(itertools.product(range(-2, 2), repeat=width)), dtype=torch.float32)
     best = torch.stack([loss(w[o], every * scale[o], gram).min() for o in range(out)])
