@@ -43,10 +43,16 @@ FAKES = {
     },
     "formats": {
         "gptq": _module(
-            SUMMARY="GPTQ files", DEFAULT_METHOD="gptq", DEFAULT_SCHEME="w4g128", PRESETS=("w4g128", "w8g128")
+            SUMMARY="GPTQ files",
+            default_method=lambda scheme: "gptq",
+            DEFAULT_SCHEME="w4g128",
+            PRESETS=("w4g128", "w8g128"),
         ),
         "compressed_tensors": _module(
-            SUMMARY="vLLM files", DEFAULT_METHOD="rtn", DEFAULT_SCHEME="w8", PRESETS=("w8", "w4g128")
+            SUMMARY="vLLM files",
+            default_method=lambda scheme: "rtn",
+            DEFAULT_SCHEME="w8",
+            PRESETS=("w8", "w4g128"),
         ),
     },
 }

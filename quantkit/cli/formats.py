@@ -45,7 +45,7 @@ def _presets(name: str) -> list[dict[str, Any]]:
         {
             "target": f"{name}:{preset}",
             "bits_per_weight": _bits(registry.load("formats", name).FORMAT, parse_scheme(preset)),
-            "method": info.default_method,
+            "method": info.default_method(parse_scheme(preset)),
             "note": "default" if preset == info.default_scheme else "",
         }
         for preset in info.presets

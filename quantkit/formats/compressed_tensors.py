@@ -29,7 +29,6 @@ from quantkit.schemes import Scheme
 from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
 SUMMARY = "integer weights, 2 to 8 bits, for vLLM, transformers, SGLang"
-DEFAULT_METHOD = "gptq"
 DEFAULT_SCHEME = "w4g128"
 PRESETS = ("w3g128", "w4g32", "w4g64", "w4g128", "w4g128_asym", "w8", "w8g128", "w8_tensor")
 NEEDS_EXTRA = "quantkit[compressed-tensors]"
@@ -38,6 +37,11 @@ _PACKED, _INT = "pack-quantized", "int-quantized"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 # the library version whose schema is written; readers use it to pick the dense packing of odd widths
 _SCHEMA = "0.20.0"
+
+
+def default_method(scheme: Scheme) -> str:
+    """8 bits lose next to nothing however they are rounded: no calibration by default."""
+    return "rtn" if scheme.bits == 8 else "gptq"
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ from quantkit.schemes import Scheme
 from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
 SUMMARY = "integer weights, 2, 3, 4 or 8 bits, for vLLM, SGLang, ExLlamaV2, transformers"
-DEFAULT_METHOD = "gptq"
 DEFAULT_SCHEME = "w4g128"
 PRESETS = ("w2g64", "w3g128", "w4g32", "w4g64", "w4g128", "w4g128_asym", "w8g128", "w4", "w8")
 NEEDS_EXTRA = "quantkit[gptq]"
@@ -37,6 +36,11 @@ NEEDS_EXTRA = "quantkit[gptq]"
 _BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _V1, _V2 = "gptq", "gptq_v2"
+
+
+def default_method(scheme: Scheme) -> str:
+    """8 bits lose next to nothing however they are rounded: no calibration by default."""
+    return "rtn" if scheme.bits == 8 else "gptq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,11 @@ class Gptq:
             loads.remove("transformers+gptqmodel")
             notes.append(
                 "transformers 5 fills GPTQ experts with random weights; use compressed_tensors there"
+            )
+        elif any(a.weight.part is not None and a.weight.part.transposed for a in facts.assigned if a.scheme):
+            loads.remove("transformers+gptqmodel")
+            notes.append(
+                "transformers 5 stops at GPTQ weights in Conv1D layers (GPT-2); gptqmodel reads them"
             )
         if not s.sym or s.bits not in (4, 8):
             notes.append("vLLM and SGLang read 4 and 8 bits, symmetric, only")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quantkit import registry
 from quantkit.errors import RecipeError
 from quantkit.recipe.check import fault, hints, refuse, suggest
-from quantkit.schemes import parse_scheme
+from quantkit.schemes import Scheme, parse_scheme
 
 _ALIASES = (("ct", "compressed_tensors"),)
 
@@ -20,7 +20,7 @@ class FormatInfo:
 
     name: str
     summary: str
-    default_method: str
+    default_method: Callable[[Scheme], str]
     default_scheme: str
     presets: tuple[str, ...]
 
@@ -35,7 +35,7 @@ def format_info(text: str) -> FormatInfo:
     """About one format; raises RecipeError with a suggestion."""
     name = format_name(text)
     plugin = registry.load("formats", name)
-    return FormatInfo(name, plugin.SUMMARY, plugin.DEFAULT_METHOD, plugin.DEFAULT_SCHEME, plugin.PRESETS)
+    return FormatInfo(name, plugin.SUMMARY, plugin.default_method, plugin.DEFAULT_SCHEME, plugin.PRESETS)
 
 
 def method_summary(name: str) -> str:

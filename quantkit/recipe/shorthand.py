@@ -10,6 +10,7 @@ from quantkit.errors import RecipeError
 from quantkit.recipe import plugins
 from quantkit.recipe.check import from_text, hints, said, suggest
 from quantkit.recipe.spec import Target
+from quantkit.schemes import parse_scheme
 
 _OWN = ("method", "feedback", "name")
 
@@ -29,9 +30,13 @@ def parse_targets(text: str) -> tuple[Target, ...]:
         own = {key: from_text(given.pop(key), hints(Target)[key]) for key in _OWN if key in given}
         if "name" in own and len(presets) > 1:
             raise RecipeError(f"name: {own['name']!r} cannot be the name of {len(presets)} targets")
-        method = own.pop("method", info.default_method).lower()
-        options = _typed(method, given)
-        return tuple(Target(info.name, preset, method, options, **own) for preset in presets)
+        asked = own.pop("method", "").lower()
+        targets = []
+        for preset in presets:
+            scheme = parse_scheme(plugins.scheme_name(preset or info.default_scheme, info))
+            method = asked or info.default_method(scheme)
+            targets.append(Target(info.name, preset, method, _typed(method, given), **own))
+        return tuple(targets)
     except RecipeError as error:
         raise RecipeError(f"{text!r}: {said(error)}") from None
 

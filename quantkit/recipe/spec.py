@@ -162,9 +162,10 @@ class Target:
         check_types(self)
         info = _located("format", plugins.format_info, self.format)
         scheme = _located("scheme", plugins.scheme_name, self.scheme or info.default_scheme, info)
-        method = (self.method or info.default_method).lower()
+        usual = info.default_method(parse_scheme(scheme))
+        method = (self.method or usual).lower()
         _located("method", plugins.params_type, method)
-        name = self.name or default_name(info.name, scheme, "" if method == info.default_method else method,
+        name = self.name or default_name(info.name, scheme, "" if method == usual else method,
                                          self.feedback)  # fmt: skip
         if not _NAME.fullmatch(name) or name.endswith("."):
             raise RecipeError(

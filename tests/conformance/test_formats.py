@@ -97,7 +97,8 @@ def test_there_are_formats() -> None:
 def test_every_format_takes_something_and_says_what_it_is(name: str) -> None:
     module = registry.load("formats", name)
     assert module.SUMMARY and not module.SUMMARY.endswith(".")
-    assert module.DEFAULT_METHOD in registry.names("methods")
+    methods = {module.default_method(parse_scheme(preset)) for preset in module.PRESETS}
+    assert methods <= set(registry.names("methods"))
     big = Weight(NAME, (256, 512), "down")
     for preset in (module.DEFAULT_SCHEME, *module.PRESETS):
         assert format_of(name).accepts(stored(name, parse_scheme(preset)), big) is None, preset

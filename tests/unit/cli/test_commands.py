@@ -23,6 +23,7 @@ class Library:
     """Stands in for the run layer; `calls` are the arguments it got."""
 
     blockers: tuple[str, ...] = ()
+    broken_gates: tuple[str, ...] = ()
     error: Exception | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -44,7 +45,12 @@ class Library:
             raise self.error
         table = Table("the result", ("target",), tuple((t.name,) for t in recipe.targets))
         targets = [SimpleNamespace(folder=t.name) for t in recipe.targets]
-        return SimpleNamespace(table=lambda: table, to_json=lambda: {"targets": []}, targets=targets)
+        return SimpleNamespace(
+            table=lambda: table,
+            to_json=lambda: {"targets": []},
+            targets=targets,
+            broken_gates=self.broken_gates,
+        )
 
 
 @pytest.fixture
@@ -95,6 +101,13 @@ def test_convert(quantkit: Callable[..., Any], library: Library) -> None:
     assert json.loads(both.out)["schema"] == "quantkit/convert/1"
     events = [json.loads(line)["event"] for line in both.err.splitlines() if line.startswith("{")]
     assert events == ["step", "warning", "finish"]
+
+
+def test_a_failed_gate_shows_the_results_and_exits_with_4(quantkit: Callable[..., Any], library: Library) -> None:
+    library.broken_gates = ("gptq-w4g128: kl_mean_max is 0.1, measured 0.2",)
+    shown = quantkit("convert", "x", "--to", "gptq")
+    assert shown.code == 4
+    assert shown.out.startswith("the result\n") and "gate failed; the files are kept" in shown.err
 
 
 def test_a_stopped_conversion(quantkit: Callable[..., Any], library: Library) -> None:
