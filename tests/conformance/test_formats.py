@@ -58,7 +58,9 @@ def stored(name: str, scheme: Scheme, source: str = "bfloat16") -> Scheme:
 
 def accepted() -> list[Any]:
     return [
-        pytest.param(name, stored(name, scheme), weight, id=f"{name}-{scheme.name}-{'x'.join(map(str, weight.shape))}")
+        pytest.param(
+            name, stored(name, scheme), weight, id=f"{name}-{scheme.name}-{'x'.join(map(str, weight.shape))}"
+        )
         for name in registry.names("formats")
         for scheme in SCHEMES
         for weight in WEIGHTS
@@ -114,9 +116,7 @@ def test_decode_inverts_encode(name: str, scheme: Scheme, weight: Weight, rng: t
 
 
 @CASES
-def test_layout_is_what_encode_makes(
-    name: str, scheme: Scheme, weight: Weight, rng: torch.Generator
-) -> None:
+def test_layout_is_what_encode_makes(name: str, scheme: Scheme, weight: Weight, rng: torch.Generator) -> None:
     tensors = format_of(name).encode(linear(weight, scheme, rng), scheme)
     planned = [(s.name, s.dtype, s.shape) for s in format_of(name).layout(weight, scheme)]
     assert planned == [(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
@@ -140,9 +140,7 @@ def test_same_input_same_bytes_and_the_input_stays(
 def test_measure_and_base_name_agree_with_layout(name: str, scheme: Scheme, weight: Weight) -> None:
     fmt = format_of(name)
     specs = fmt.layout(weight, scheme)
-    infos = {
-        s.name: TensorInfo(s.name, SAFETENSORS[s.dtype], s.shape, Path("x"), 0, s.nbytes) for s in specs
-    }
+    infos = {s.name: TensorInfo(s.name, SAFETENSORS[s.dtype], s.shape, Path("x"), 0, s.nbytes) for s in specs}
     shape, bits = fmt.measure(weight.name, infos, config(name, scheme, weight))
     assert bits == scheme.bits
     if scheme.group_size is not None or weight.shape[1] % 32 == 0:
@@ -184,15 +182,11 @@ def test_values_off_a_plain_grid_are_refused(name: str, rng: torch.Generator) ->
 
 @FORMATS
 @pytest.mark.parametrize("width", [(64, 96), (32, 64)])
-def test_column_groups_are_kept_or_refused(
-    name: str, width: tuple[int, int], rng: torch.Generator
-) -> None:
+def test_column_groups_are_kept_or_refused(name: str, width: tuple[int, int], rng: torch.Generator) -> None:
     fmt, scheme, weight = format_of(name), stored(name, Scheme(4, 32)), Weight(NAME, width, "down")
     order = torch.randperm(width[1], generator=rng)
     groups = (order // 32).to(torch.int32)
-    given = QuantizedLinear(
-        NAME, replace(random_affine(width, scheme, rng), column_group=groups)
-    )
+    given = QuantizedLinear(NAME, replace(random_affine(width, scheme, rng), column_group=groups))
     if not fmt.holds_column_groups():
         with pytest.raises(UnsupportedError, match="column"):
             fmt.encode(given, scheme)

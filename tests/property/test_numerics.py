@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,8 +46,6 @@ def test_unpack_inverts_pack(width: int, count: int, rows: int, seed: int) -> No
 @FEW
 @given(SCHEMES, st.integers(0, 99), st.floats(-8, 8, allow_nan=False, width=16))
 def test_dequantize_is_affine_in_the_scale(scheme: Scheme, seed: int, factor: float) -> None:
-    from dataclasses import replace
-
     q = random_affine((4, 8), scheme, generator(seed))
     assert isinstance(q.scale, Tensor)
     scale = q.scale.float()
@@ -55,7 +54,9 @@ def test_dequantize_is_affine_in_the_scale(scheme: Scheme, seed: int, factor: fl
     def at(s: Tensor) -> Tensor:
         return dequantize(replace(q, scale=s))
 
-    torch.testing.assert_close(at(scale + factor * other), at(scale) + factor * at(other), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        at(scale + factor * other), at(scale) + factor * at(other), atol=1e-3, rtol=1e-4
+    )
     assert float(at(torch.zeros_like(scale)).abs().max()) == 0
 
 
@@ -84,6 +85,8 @@ def test_permuting_rows_commutes_with_rounding(scheme: Scheme, scales: grids.Sca
 def test_scaling_by_a_power_of_two_commutes(
     scheme: Scheme, scales: grids.Scales, power: int, seed: int
 ) -> None:
+    # float16 is left out: its range ends near 6e-5, where scales are clamped
+    scheme = replace(scheme, scale_dtype="bfloat16") if scheme.scale_dtype == "float16" else scheme
     w = torch.randn(5, 8, generator=generator(seed))
     scaled = dequantize(nearest(w * 2.0**power, scheme, scales))
     assert torch.equal(dequantize(nearest(w, scheme, scales)) * 2.0**power, scaled)

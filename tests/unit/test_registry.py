@@ -42,9 +42,7 @@ def test_only_files_of_the_folder_are_plugins(name: str) -> None:
         registry.load("methods", name)
 
 
-def test_an_error_inside_a_plugin_is_shown_as_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_inside_a_plugin_is_shown_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import quantkit.methods
 
     (tmp_path / "broken.py").write_text("import no_such_module_at_all\n")

@@ -83,7 +83,9 @@ def test_floats_by_hand() -> None:
 
 def test_codebooks_by_hand() -> None:
     table = torch.tensor([-1.0, -0.5, 0.25, 1.0])
-    q = Codebook(torch.tensor([[3, 0, 1, 2]], dtype=torch.uint8), 2, table, torch.tensor([[2.0, 4.0]]), (1, 2))
+    q = Codebook(
+        torch.tensor([[3, 0, 1, 2]], dtype=torch.uint8), 2, table, torch.tensor([[2.0, 4.0]]), (1, 2)
+    )
     assert dequantize(q).tolist() == [[2.0, -2.0, -2.0, 1.0]]
 
 
@@ -143,9 +145,7 @@ def q4_1(rng: np.random.Generator) -> tuple[np.ndarray, QuantizedTensor]:
     d, m = halves(rng, ROWS, BLOCKS, 1), halves(rng, ROWS, BLOCKS, 1)
     codes = rng.integers(0, 16, (ROWS, BLOCKS, 32), dtype=np.uint8)
     data = raw(d, m, codes[..., :16] | codes[..., 16:] << 4)
-    return data, Affine(
-        tensor(codes, 32 * BLOCKS), 4, tensor(d, BLOCKS), (1, 32), offset=tensor(m, BLOCKS)
-    )
+    return data, Affine(tensor(codes, 32 * BLOCKS), 4, tensor(d, BLOCKS), (1, 32), offset=tensor(m, BLOCKS))
 
 
 def q4_k(rng: np.random.Generator) -> tuple[np.ndarray, QuantizedTensor]:
@@ -168,9 +168,7 @@ def q6_k(rng: np.random.Generator) -> tuple[np.ndarray, QuantizedTensor]:
     sc = rng.integers(-128, 128, (ROWS, BLOCKS, 16)).astype(np.int8)
     codes = rng.integers(0, 64, (ROWS, BLOCKS, 2, 4, 32), dtype=np.uint8)
     # in each half of 128: quarters 0 and 2 share the nibbles of 32 bytes, 1 and 3 those of the next 32
-    low = np.stack(
-        [(codes[..., k, :] & 15) | (codes[..., k + 2, :] & 15) << 4 for k in (0, 1)], axis=-2
-    )
+    low = np.stack([(codes[..., k, :] & 15) | (codes[..., k + 2, :] & 15) << 4 for k in (0, 1)], axis=-2)
     high = sum((codes[..., k, :] >> 4) << (2 * k) for k in range(4))
     data = raw(low, np.asarray(high, dtype=np.uint8), sc, d)
     scale = Affine(tensor(sc, 16 * BLOCKS), 8, tensor(d, BLOCKS), (1, 16))

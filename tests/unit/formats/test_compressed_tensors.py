@@ -16,7 +16,10 @@ from quantkit.schemes import Scheme
 from quantkit.tensors import Affine, QuantizedLinear
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-EMBED, HEAD = Weight("model.embed_tokens.weight", (96, 64), "embed"), Weight("lm_head.weight", (96, 64), "head")
+EMBED, HEAD = (
+    Weight("model.embed_tokens.weight", (96, 64), "embed"),
+    Weight("lm_head.weight", (96, 64), "head"),
+)
 
 
 def facts(default: Scheme, changes: dict[str, Scheme | None]) -> FormatFacts:
@@ -96,7 +99,9 @@ def test_reference_vectors(bits: int) -> None:
 def test_eight_bits_per_row_or_tensor_are_plain_int8(per_tensor: bool, shape: tuple[int, ...]) -> None:
     codes = torch.tensor([[-128, 127], [0, 1], [2, 3]], dtype=torch.int8)
     scale = torch.ones(1, 1) if per_tensor else torch.ones(3, 1)
-    tensors = encode(Affine(codes, 8, scale, (3, 2) if per_tensor else (1, 2)), Scheme(8, per_tensor=per_tensor))
+    tensors = encode(
+        Affine(codes, 8, scale, (3, 2) if per_tensor else (1, 2)), Scheme(8, per_tensor=per_tensor)
+    )
     assert torch.equal(tensors["x.weight"], codes)
     assert tensors["x.weight_scale"].shape == shape
     assert len(tensors) == 2
@@ -176,7 +181,11 @@ def test_kept_weights_are_ignored_by_full_name() -> None:
 def test_mixed_schemes_get_a_group_each_with_its_own_format() -> None:
     given = facts(
         Scheme(4, 64),
-        {"model.layers.0.mlp.up_proj": Scheme(8), "model.layers.1.mlp.up_proj": Scheme(3, 64), "lm_head": None},
+        {
+            "model.layers.0.mlp.up_proj": Scheme(8),
+            "model.layers.1.mlp.up_proj": Scheme(3, 64),
+            "lm_head": None,
+        },
     )
     found = dict(FORMAT.config(given))
     assert found["format"] == "mixed-precision"

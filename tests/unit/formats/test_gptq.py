@@ -155,7 +155,9 @@ def quantized(found: dict[str, Any], modules: Sequence[str]) -> set[str]:
     """What gptqmodel, vLLM and SGLang quantize: the first rule that matches from the start decides."""
     chosen = set()
     for module in modules:
-        rules = [k for k in found.get("dynamic", {}) if re.match(k.removeprefix("+:").removeprefix("-:"), module)]
+        rules = [
+            k for k in found.get("dynamic", {}) if re.match(k.removeprefix("+:").removeprefix("-:"), module)
+        ]
         if not (rules and rules[0].startswith("-:")):
             chosen.add(module)
     return chosen
@@ -224,7 +226,9 @@ def test_symmetric_and_asymmetric_weights_cannot_share_a_file() -> None:
         (Scheme(4), (64, 64), Part(expert=3), "experts stacked"),
     ],
 )
-def test_what_cannot_be_stored(scheme: Scheme, shape: tuple[int, int], part: Part | None, reason: str) -> None:
+def test_what_cannot_be_stored(
+    scheme: Scheme, shape: tuple[int, int], part: Part | None, reason: str
+) -> None:
     found = FORMAT.accepts(scheme, Weight("x.weight", shape, "other", part))
     assert found is not None and reason in found
 

@@ -10,16 +10,13 @@ from quantkit.numerics.curvature import curvature
 from quantkit.numerics.feedback import DynamicGroups, StaticGroups, batch_width, round_with_feedback
 from tests.quantized import activations
 
-# The published loop, with U = R⁻¹: e_j = (w_j − q_j) / U_jj, then w_k −= e_j·U_jk: with this factor column j only touches column j + 1
+# The worked cases follow the published loop: e_j = (w_j − q_j) / U_jj, then w_k −= e_j·U_jk for k > j, with
+# H⁻¹ = Uᵀ·U. In this factor column j only touches column j + 1. The code is given R = U⁻¹.
 UPPER = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]])
 
 
 def factor_of(upper: Tensor) -> Factor:
     """The factor whose inverse is `upper`, the matrix that the published loop uses."""
-    return Factor(torch.linalg.inv(upper).flip((0, 1)), None)
-
-
-def factor_of(upper: Tensor) -> Factor:
     return Factor(torch.linalg.inv(upper).flip((0, 1)).contiguous(), None)
 
 

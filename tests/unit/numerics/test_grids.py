@@ -178,7 +178,7 @@ def test_scales_are_values_of_their_stored_dtype(
     assert (zero is None) == sym
     if zero is not None:
         assert torch.equal(zero, zero.round())
-        assert 0 <= float(zero.min()) and float(zero.max()) <= 7
+        assert float(zero.min()) >= 0 and float(zero.max()) <= 7
 
 
 def test_rounding_a_scale_by_hand() -> None:

@@ -9,7 +9,8 @@ from quantkit.tensors import dequantize
 
 
 def test_groups_of_two_by_hand() -> None:
-    # 3 bits, scale max|w| / 3: (3, .9) → 1: 3, 1;  (−6, 3.2) → 2: −3, 2;  second row 0 → 1: 0;  .3 → .1: 3, −1
+    # 3 bits, scale max|w| / 3: (3, .9) has 1, codes 3, 1; (−6, 3.2) has 2, codes −3, 2
+    # second row: zeros have 1; (.3, −.1) has .1, codes 3, −1
     w = torch.tensor([[3.0, 0.9, -6.0, 3.2], [0.0, 0.0, 0.3, -0.1]])
     q = nearest(w, Scheme(3, 2, scale_dtype="float32"), "absmax")
     assert q.codes.tolist() == [[3, 1, -3, 2], [0, 0, 3, -1]]

@@ -9,7 +9,6 @@ from torch import Tensor
 from quantkit.numerics import affine, grids
 from quantkit.numerics.cholesky import factor
 from quantkit.numerics.curvature import Curvature, curvature
-from quantkit.numerics.curvature import Curvature, curvature
 from quantkit.numerics.feedback import StaticGroups, round_with_feedback
 from quantkit.numerics.polish import polish
 from tests.quantized import activations

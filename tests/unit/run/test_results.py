@@ -31,7 +31,10 @@ def examples() -> dict[str, QuantizedTensor]:
         "nested twice": replace(sym, scale=replace(inner, scale=random_affine((6, 1), Scheme(8), rng))),
         "floats": Float(eight_bit_floats, 8, torch.rand(6, 4, generator=rng), (1, 8)),
         "floats on a float scale": Float(
-            eight_bit_floats, 8, Float(torch.rand(6, 4).to(torch.float8_e4m3fn), 8, torch.ones(1, 1), (6, 4)), (1, 8)
+            eight_bit_floats,
+            8,
+            Float(torch.rand(6, 4).to(torch.float8_e4m3fn), 8, torch.ones(1, 1), (6, 4)),
+            (1, 8),
         ),
         "codebook": Codebook(picks.to(torch.uint8), 4, table, torch.rand(6, 4, generator=rng), (1, 8)),
         "codebook under codes": Codebook(picks.to(torch.uint8), 4, table, inner, (1, 8)),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ def opened(root: Path, *, restart: bool = False) -> Iterator[RunStore]:
 
 
 def linear(seed: int) -> QuantizedLinear:
-    return QuantizedLinear("w.weight", random_affine((4, 8), Scheme(4, 4), torch.Generator().manual_seed(seed)))
+    return QuantizedLinear(
+        "w.weight", random_affine((4, 8), Scheme(4, 4), torch.Generator().manual_seed(seed))
+    )
 
 
 def commit(store: RunStore, block: int, *targets: str) -> None:
@@ -97,6 +100,8 @@ def test_a_torn_last_line_never_counted(tmp_path: Path, cut: int) -> None:
         assert store.done(KEY, 5) == 2
 
 
+# see test_a_refused_store_is_let_go: until then the lock's file is closed by the collector, with a warning
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("line", [b"nonsense\n", b"{}\n", b"5\n", b'{"block": 0}\n', b"\xff\n"])
 def test_a_whole_line_that_is_no_commit_is_refused(tmp_path: Path, line: bytes) -> None:
     with opened(tmp_path) as store:
@@ -106,6 +111,26 @@ def test_a_whole_line_that_is_no_commit_is_refused(tmp_path: Path, line: bytes) 
     with pytest.raises(ResumeError, match=r"journal\.jsonl:2.*is not a commit") as caught:
         RunStore.open(tmp_path)
     assert caught.value.remedy == "run again with --restart"
+    del caught
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.xfail(reason="a store whose journal is refused keeps the lock", strict=True, raises=UsageError)
+def test_a_refused_store_is_let_go(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(b"nonsense\n")
+    refusal: BaseException | None = None
+    try:
+        RunStore.open(tmp_path)
+    except ResumeError as error:
+        refusal = error
+    try:
+        with opened(tmp_path, restart=True) as store:
+            assert store.done(KEY, 1) == 0
+    finally:
+        assert refusal is not None
+        del refusal
+        gc.collect()
 
 
 @pytest.mark.parametrize("damage", ["changed", "removed", "truncated"])
