@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INTEROP := $(VENV)/.interop
+INTEROP_VENV ?= .venv-interop
+INTEROP := $(INTEROP_VENV)/.installed
 
 .PHONY: demo test interop lint format bench gpu clean
 .DELETE_ON_ERROR:
@@ -16,7 +17,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
 interop: $(INTEROP)
-	$(BIN)/python -m pytest -m interop tests/interop
+	$(INTEROP_VENV)/bin/python -m pytest -m interop tests/interop
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -40,10 +41,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors]'
 	touch $@
 
-# the engines that read what quantkit writes; larger, and one of them compiles
-$(INTEROP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq]'
+# The engines that read what quantkit writes: larger, and parts are compiled. They have a venv of their
+# own, because gptqmodel pins an older numpy than the one that `make test` uses.
+$(INTEROP): pyproject.toml constraints.txt
+	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP_VENV) out .pytest_cache .mypy_cache .ruff_cache

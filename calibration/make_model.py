@@ -27,9 +27,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from demo_tokenizer import END_OF_TEXT, VOCABULARY, save_tokenizer, train_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 LOG = logging.getLogger("make_model")
 ROOT = Path(__file__).resolve().parent.parent

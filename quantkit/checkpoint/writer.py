@@ -189,7 +189,9 @@ def _check_tensor(spec: TensorSpec, name: str, tensor: Tensor) -> None:
 def _slices(tensor: Tensor) -> Iterator[Tensor]:
     """The bytes of `tensor` in row-major order as 1-d uint8 CPU tensors of at most `SLICE_BYTES`."""
     if tensor.nbytes <= SLICE_BYTES:
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.cpu().contiguous()
+        # a tensor of one element is contiguous whatever its stride, but cannot be viewed as bytes then
+        yield flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
     elif len(tensor) == 1:
         yield from _slices(tensor[0])
     else:

@@ -40,7 +40,9 @@ def beside_source(source: Tensor, logits: Tensor, following: Tensor) -> tuple[Te
     log_q = torch.log_softmax(logits.float(), -1)
     nll = -log_q.gather(-1, following.long()[:, None]).squeeze(-1)
     agrees = log_p.argmax(-1) == log_q.argmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    # what the source rules out contributes nothing, however little the target thinks of it
+    kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     return nll, kl, agrees.float()
 
 
@@ -81,7 +83,12 @@ class Quality:
 def perplexity(nll: Tensor) -> Perplexity:
     """From NLL (windows, positions)."""
     mean, error = _mean(nll)
-    return Perplexity(math.exp(mean), math.exp(mean) * error)
+    return Perplexity(_exp(mean), _exp(mean) * error)
+
+
+def _exp(x: float) -> float:
+    """e^x, at most e^700: a broken model shall be reported, not overflow the report."""
+    return math.exp(min(x, 700.0))
 
 
 def quality(convention: str, source: Tensor, scores: TokenScores) -> Quality:
@@ -95,7 +102,7 @@ def quality(convention: str, source: Tensor, scores: TokenScores) -> Quality:
         tokens=source.numel(),
         source=perplexity(source),
         target=perplexity(scores.nll),
-        ratio=Perplexity(math.exp(difference), math.exp(difference) * paired),
+        ratio=Perplexity(_exp(difference), _exp(difference) * paired),
         kl_mean=kl_mean,
         kl_error=kl_error,
         kl_median=float(ordered[(ordered.numel() - 1) // 2]),

@@ -11,6 +11,7 @@ from typing import Any
 
 from quantkit import registry
 from quantkit.calibrate.statistics import Need
+from quantkit.errors import UnsupportedError
 from quantkit.model.graph import ModelGraph, Weight
 from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer
 from quantkit.recipe.spec import Recipe, Rule, Target
@@ -125,6 +126,10 @@ def _resolve_target(
         version,
         graph.linears,
     )
+    try:
+        fmt.config(facts)
+    except UnsupportedError as error:
+        problems.append(error.message)
     return TargetPlan(target, quantizer, fmt, default, schemes, facts), _shortened(problems)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from quantkit.errors import NumericsError
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet, StreamFile, StreamWriter
 from quantkit.tensors import QuantizedLinear, dequantize
@@ -41,10 +42,18 @@ class Streams:
             yield part, file.read(part, self._device)
 
     def write(self, generation: int, stream: str, rows: RowSet, states: Iterator[Tensor]) -> None:
-        """Write one stream file of `generation`; an error while `states` are made leaves nothing."""
+        """Write one stream file of `generation`; an error while `states` are made leaves nothing.
+
+        NumericsError when hidden states are not finite.
+        """
         writer = StreamWriter(self.file(generation, stream, rows))
         try:
             for batch in states:
+                if not bool(torch.isfinite(batch).all()):
+                    raise NumericsError(
+                        f"hidden states entering block {generation} are not finite on stream `{stream}`",
+                        remedy="run the forward pass in float32: --dtype float32",
+                    )
                 writer.append(batch.to(self._dtype))
             self._written[self.name(stream, rows)] = writer.commit()
         finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.calibrate.statistics import Need, nbytes
@@ -45,11 +47,16 @@ def compute_dtype(name: str, on: torch.device) -> torch.dtype:
 
 
 def available(on: torch.device) -> int:
-    """Bytes of memory that are free on a device now."""
+    """Bytes of memory that can be had on a device now, caches that the system would give up included."""
     import torch
 
     if on.type == "cuda":
         return int(torch.cuda.mem_get_info(on)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 

@@ -76,23 +76,27 @@ class _Run:
         )
         self._fingerprint = made.checkpoint.fingerprint()
         self._keys = {t.name: key_of(self._target_facts(t)) for t in made.targets}
-        self._streams_key = key_of(self._stream_facts())
+        measured = {**self._compute_facts(), "evaluation": [e.convention for e, _ in self._rows.evaluation]}
+        seen = None if self._rows.calibration is None else self._rows.calibration.sha256
+        # what a target scores depends on neither the calibration rows nor its neighbours; streams do
+        self._scores_key = key_of(measured)
+        self._streams_key = key_of({**measured, "calibration": seen})
 
     def carry_out(self, store: RunStore, stop: Event) -> Report:
         """Sweep, evaluate, export; every step is skipped when its result is there already."""
         folders = {t.name: self.out / t.name for t in self._plan.targets}
         manifest_keys = {
-            t.name: key_of({"target": self._keys[t.name], "rows": self._streams_key})
+            t.name: key_of({"target": self._keys[t.name], "scores": self._scores_key})
             for t in self._plan.targets
         }
         whole = {
             name: free_or_ours(folders[name], self._recipe.output.on_exists, key)
             for name, key in manifest_keys.items()
         }
-        finals = {t.name: store.final(self._keys[t.name], self._streams_key) for t in self._plan.targets}
+        finals = {t.name: store.final(self._keys[t.name], self._scores_key) for t in self._plan.targets}
         if any(found is None for found in finals.values()):
             self._sweep(store, stop)
-            finals = {t.name: store.final(self._keys[t.name], self._streams_key) for t in self._plan.targets}
+            finals = {t.name: store.final(self._keys[t.name], self._scores_key) for t in self._plan.targets}
         exporter = Exporter(self._plan.checkpoint, self._plan.graph, store)
         reports = []
         for target in self._plan.targets:
@@ -131,7 +135,7 @@ class _Run:
         if self._rows.evaluation:
             self._progress.step("evaluate", ", ".join(e.convention for e, _ in self._rows.evaluation))
             found = measure(runtime, streams, len(graph.blocks), self._rows.evaluation, keys)
-        store.commit_final(self._streams_key, {key: [q.to_json() for q in qs] for key, qs in found.items()})
+        store.commit_final(self._scores_key, {key: [q.to_json() for q in qs] for key, qs in found.items()})
 
     def _calibration_detail(self) -> str:
         c = self._recipe.calibration
@@ -153,15 +157,6 @@ class _Run:
         seen = calibration.sha256 if calibration is not None and target.needs else None
         compute = self._compute_facts() if target.needs else {"source": self._fingerprint}
         return {**target.describe(), **compute, "calibration": seen}
-
-    def _stream_facts(self) -> dict[str, Any]:
-        """All that can change what the streams carry, apart from the targets."""
-        calibration = self._rows.calibration
-        return {
-            **self._compute_facts(),
-            "calibration": None if calibration is None else calibration.sha256,
-            "evaluation": [e.convention for e, _ in self._rows.evaluation],
-        }
 
     def _target_report(self, target: TargetPlan, store: RunStore, final: Any) -> TargetReport:
         key = self._keys[target.name]

@@ -21,7 +21,7 @@ from quantkit.hub.fetch import resolve as fetch
 from quantkit.model.build import build_graph
 from quantkit.model.graph import Block, ModelGraph
 from quantkit.recipe.plan import Resolved, TargetPlan, resolve
-from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
+from quantkit.recipe.spec import DEFAULT_LENGTH, EvalText, Recipe
 from quantkit.run import budget
 from quantkit.run.files import entries, parameters, quantized_parameters
 from quantkit.run.table import Table
@@ -270,16 +270,26 @@ def _estimate(
 
 
 def _stream_bytes(recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, token_bytes: int) -> int:
-    """Two generations of every stream; evaluation texts without a limit count as 700 windows."""
+    """Two generations of every stream. A token of a text is at least two bytes; texts of the Hub that are
+    not at hand count as 700 windows."""
     c = recipe.calibration
     length = c.length or min(DEFAULT_LENGTH, context(checkpoint))
     own = sum(1 for t in resolved.targets if t.needs and t.target.feedback)
     shared = any(t.needs and not t.target.feedback for t in resolved.targets)
     tokens = c.rows * length * (own + shared)
     if recipe.eval.enabled:
-        windows = sum((e.chunks or 700) * e.context for e in recipe.eval.perplexity)
-        tokens += windows * (1 + len(resolved.targets))
+        tokens += sum(_evaluated(text) for text in recipe.eval.perplexity) * (1 + len(resolved.targets))
     return 2 * tokens * token_bytes
+
+
+def _evaluated(text: EvalText) -> int:
+    """Tokens of an evaluation text, at most."""
+    file = resources.folder("calibration") / "embedded-eval.txt" if text.data == "embedded" else text.file
+    if file is not None and Path(file).is_file():
+        windows = Path(file).stat().st_size // (2 * text.context) + 1
+    else:
+        windows = 700
+    return min(windows, text.chunks or windows) * text.context
 
 
 def _block_parameters(block: Block) -> int:

@@ -139,7 +139,7 @@ def rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
                 codes=q.codes[start:stop],
                 scale=cut(q.scale),
                 group=group,
-                zero_point=None if zero is None else zero[start:stop] if group[0] == 1 else zero,
+                zero_point=None if zero is None else zero if q.group[0] != 1 else zero[start:stop],
                 offset=None if q.offset is None else cut(q.offset),
             )
         case Float():
@@ -150,18 +150,26 @@ def rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
 
 def _on_cpu(q: QuantizedTensor) -> QuantizedTensor:
     """A copy whose tensors are in main memory, contiguous and shared with nothing."""
-    moved: dict[str, Any] = {}
-    for f in fields(q):
-        value = getattr(q, f.name)
-        moved[f.name] = value.cpu().contiguous() if isinstance(value, Tensor) else value
-    return type(q)(**moved)
+
+    def moved(value: Any) -> Any:
+        match value:
+            case Tensor():
+                # a slice of a stack would keep the whole stack alive
+                return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            case Affine() | Float() | Codebook():
+                return _on_cpu(value)
+            case _:
+                return value
+
+    return type(q)(**{f.name: moved(getattr(q, f.name)) for f in fields(q)})
 
 
 def relative_error(w: Tensor, q: QuantizedTensor, stats: Statistics | None) -> tuple[float, str]:
     """(error, metric) of a quantized weight, see `TensorMetrics`; w (out, in) fp32."""
-    gram = None if stats is None else stats.gram
-    known = stats is not None and stats.tokens > 0 and (gram is not None or stats.squares is not None)
-    importance = stats.importance() if stats is not None and known else None
+    seen = stats if stats is not None and stats.tokens > 0 else None
+    gram = None if seen is None else seen.gram
+    known = seen is not None and (gram is not None or seen.squares is not None)
+    importance = seen.importance() if seen is not None and known else None
     error = power = 0.0
     step = max(1, _PIECE // w.shape[1])
     for start in range(0, w.shape[0], step):

@@ -51,12 +51,16 @@ class RunStore:
     @classmethod
     def open(cls, root: Path, *, restart: bool = False) -> RunStore:
         """The store at `root`, made if absent; `restart` forgets everything in it."""
-        if restart and (root / JOURNAL).exists():
-            (root / JOURNAL).unlink()
         root.mkdir(parents=True, exist_ok=True)
         store = cls(root)
         store._lock()
-        store._replay()
+        try:
+            if restart:
+                (root / JOURNAL).unlink(missing_ok=True)
+            store._replay()
+        except BaseException:
+            store.close()
+            raise
         return store
 
     def _lock(self) -> None:
@@ -97,9 +101,9 @@ class RunStore:
     def stream_path(self, generation: int, name: str) -> Path:
         return self.root / "streams" / f"{generation:04d}" / f"{name}.bin"
 
-    def final(self, target: str, streams_key: str) -> Any:
+    def final(self, target: str, scores_key: str) -> Any:
         """The evaluation of a finished target, or None."""
-        return self._state.finals.get((target, streams_key))
+        return self._state.finals.get((target, scores_key))
 
     def load(self, target: str, block: int) -> list[QuantizedLinear]:
         """Results of a committed block."""
@@ -139,9 +143,9 @@ class RunStore:
         self._append({"block": block, "results": sums, "streams_key": streams_key, "streams": dict(streams)})
         self._forget(block + 2 - _GENERATIONS)
 
-    def commit_final(self, streams_key: str, metrics: Mapping[str, Any]) -> None:
-        """Evaluations by target key; the streams are no longer needed."""
-        self._append({"final": dict(metrics), "streams_key": streams_key})
+    def commit_final(self, scores_key: str, metrics: Mapping[str, Any]) -> None:
+        """Evaluations by target key, under the key of what was measured and how."""
+        self._append({"final": dict(metrics), "scores_key": scores_key})
 
     def drop_streams(self) -> None:
         """Free the space of all streams, once every target is finished."""
@@ -177,7 +181,7 @@ class RunStore:
         for number, line in enumerate(complete.splitlines(), 1):
             try:
                 self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ResumeError(
                     f"`{path}:{number}` is not a commit: {error}", remedy="run again with --restart"
                 ) from error
@@ -185,7 +189,7 @@ class RunStore:
     def _apply(self, entry: Mapping[str, Any]) -> None:
         if "final" in entry:
             for target, metrics in entry["final"].items():
-                self._state.finals[target, entry["streams_key"]] = metrics
+                self._state.finals[target, entry["scores_key"]] = metrics
             return
         for target, recorded in entry["results"].items():
             self._state.blocks[target, entry["block"]] = recorded

@@ -133,6 +133,15 @@ def test_a_finished_run_does_nothing_and_a_new_target_reuses_the_store(
     assert sums(tmp_path, "gptq-w4g32") == before
 
 
+def test_a_data_free_result_stays_when_a_calibrated_target_joins(
+    checkpoint: Path, calibration_text: Path, evaluation_text: Path, tmp_path: Path
+) -> None:
+    quantkit.convert(recipe(checkpoint, calibration_text, evaluation_text, tmp_path, RTN))
+    before = sums(tmp_path, "gptq-w4g32-rtn")
+    quantkit.convert(recipe(checkpoint, calibration_text, evaluation_text, tmp_path, RTN, GPTQ))
+    assert sums(tmp_path, "gptq-w4g32-rtn") == before
+
+
 def test_waves_and_memory_budget_do_not_change_a_byte(
     checkpoint: Path,
     calibration_text: Path,

@@ -37,8 +37,8 @@ pytestmark = [
 
 FORMAT = "gptq"
 Make = Callable[..., Source]
-# measured: 0 to 3e-5
-TOLERANCE = 1e-3
+# measured: 0, and 6e-4 with biases, which the engine rounds to float16
+TOLERANCE = 2e-3
 TARGETS = {
     "w2g64": "method=gptq",
     "w3g32": "method=rtn",

@@ -116,7 +116,6 @@ def test_a_whole_line_that_is_no_commit_is_refused(tmp_path: Path, line: bytes) 
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.xfail(reason="a store whose journal is refused keeps the lock", strict=True, raises=UsageError)
 def test_a_refused_store_is_let_go(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(b"nonsense\n")
     refusal: BaseException | None = None
@@ -212,7 +211,6 @@ def test_restart_of_a_fresh_folder(tmp_path: Path) -> None:
         assert store.done(KEY, 3) == 0
 
 
-@pytest.mark.xfail(reason="--restart removes the journal before it holds the lock", strict=True)
 def test_restart_leaves_a_store_alone_that_another_run_holds(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         commit(store, 0)
