@@ -15,8 +15,8 @@ from typing import Literal
 
 from quantkit.errors import RecipeError
 
-Kind = Literal["methods", "formats", "transforms", "allocate"]
-_SINGULAR = {"methods": "method", "formats": "format", "transforms": "transform", "allocate": "allocator"}
+Kind = Literal["methods", "formats"]
+_SINGULAR = {"methods": "method", "formats": "format"}
 
 
 def names(kind: Kind) -> tuple[str, ...]:

@@ -43,16 +43,16 @@ class Params:
 
     damp       fraction of the mean diagonal added to the gram before it is factorised
     scales     `weighted` (searched by importance), `mse` (searched), `absmax`
-    act_order  column order: `off` file order; `group_aware` important groups first, important columns
-               first inside them; `static` important columns first on scales fixed beforehand; `free`
-               the same with groups cut in that order, which the file must record (`g_idx`)
+    act_order  column order: `group_aware` important groups first, important columns first inside them;
+               `static` important columns first on scales fixed beforehand; `free` important columns
+               first, groups cut in that order, which the file must record (`g_idx`); `off` file order
     polish     passes of coordinate descent after the feedback
     plain      GPTQ as first published: absmax scales, file order, no shrinkage, no polish
     """
 
     damp: float = 0.01
     scales: Scales = "weighted"
-    act_order: Order = "static"
+    act_order: Order = "group_aware"
     polish: int = 3
     plain: bool = False
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from quantkit import registry
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.run.estimate import gigabytes
 from quantkit.run.export import MANIFEST
-from quantkit.run.plan import gigabytes
 from quantkit.run.table import Table
 
 # quant_method in config.json → the format that reads it

@@ -12,38 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import resources
-from quantkit.calibrate.statistics import Need, nbytes
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardPlan, plan_shards
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.hub.fetch import Source
 from quantkit.hub.fetch import resolve as fetch
 from quantkit.model.build import build_graph
-from quantkit.model.graph import Block, ModelGraph
+from quantkit.model.graph import ModelGraph
 from quantkit.recipe.plan import Resolved, TargetPlan, resolve
-from quantkit.recipe.spec import DEFAULT_LENGTH, EvalText, Recipe
-from quantkit.run import budget
+from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
+from quantkit.run.estimate import Estimate, context, estimate, existing, gigabytes, resource_blockers
 from quantkit.run.files import entries, parameters, quantized_parameters
 from quantkit.run.table import Table
 
 DEMO = "demo"
-# Interpreter, torch and transformers before any weight is read, with the allocator's slack.
-_BASE_BYTES = 700 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Upper estimates in bytes: peak memory of the run, disk for the results, the store and the streams."""
-
-    memory: int
-    outputs: int
-    store: int
-    streams: int
-    statistics: int
-
-    @property
-    def disk(self) -> int:
-        return self.outputs + self.store + self.streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +153,10 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
 
     resolved = resolve(recipe, graph, checkpoint.dtype, __version__)
     shards = {} if resolved.blockers else dict(_shards(recipe, resolved, checkpoint, graph))
-    estimate = _estimate(recipe, resolved, checkpoint, graph, shards)
-    blockers = (*resolved.blockers, *_resource_blockers(recipe, estimate))
+    needed = estimate(recipe, resolved, checkpoint, graph, shards)
+    blockers = (*resolved.blockers, *resource_blockers(recipe, needed))
     return Plan(
-        recipe, source, checkpoint, graph, resolved.targets, shards, estimate, blockers, resolved.warnings
+        recipe, source, checkpoint, graph, resolved.targets, shards, needed, blockers, resolved.warnings
     )
 
 
@@ -185,37 +167,12 @@ def locate(source: str, *, offline: bool, cache_dir: Path | None) -> Source:
     return fetch(source, offline=offline, cache_dir=cache_dir)
 
 
-def context(checkpoint: Checkpoint) -> int:
-    """Longest row the model was made for, from its configuration; 2,048 when it does not say."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = checkpoint.config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    return DEFAULT_LENGTH
-
-
-def gigabytes(size: int) -> str:
-    """Decimal units, as disks and the Hub count."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size / 1000:.1f} kB"
-
-
 def _count(parameters: int) -> str:
     """As people say it: 8.03 B, 6.82 M."""
     for unit, factor in (("B", 10**9), ("M", 10**6)):
         if parameters >= factor:
             return f"{parameters / factor:.3g} {unit}"
     return f"{parameters:,}"
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder at or above `path` that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _architecture(checkpoint: Checkpoint) -> str:
@@ -235,77 +192,3 @@ def _shards(
     for target in resolved.targets:
         specs = [spec for entry in entries(target, checkpoint, graph) for spec in entry.specs]
         yield target.name, plan_shards(specs, recipe.output.shard_bytes)
-
-
-def _estimate(
-    recipe: Recipe,
-    resolved: Resolved,
-    checkpoint: Checkpoint,
-    graph: ModelGraph,
-    shards: dict[str, ShardPlan],
-) -> Estimate:
-    on = budget.device(recipe.device.map)
-    itemsize = budget.compute_dtype(recipe.device.dtype, on).itemsize
-    widest = max((s.width for b in graph.blocks for s in b.sites), default=0)
-    tallest = max((sum(w.shape[0] for w in s.weights) for b in graph.blocks for s in b.sites), default=0)
-    weights = max((_block_parameters(b) for b in graph.blocks), default=0)
-    outer = max((w.shape[0] * w.shape[1] for w in graph.outer), default=0) * itemsize
-    hidden = graph.blocks[0].sites[0].width if graph.blocks else 0
-    gram = any(Need.GRAM in t.needs for t in resolved.targets)
-    # a block is in memory while rows run through it, and dropped while its sites are solved
-    forward = weights * itemsize + 12 * recipe.device.batch_tokens * max(widest, hidden) * itemsize
-    factor = 4 * widest * widest if gram else 0
-    # one site's rows in fp32, stacked, with working copies of a piece of them, and the codes of the block
-    solve = factor + 3 * 4 * widest * tallest + weights * len(resolved.targets)
-    fixed = _BASE_BYTES + max(outer * 2, forward, solve)
-    every = max(
-        (sum(nbytes(s.width, Need.GRAM | Need.SQUARES) for s in b.sites) for b in graph.blocks), default=0
-    )
-    allowed = recipe.device.max_bytes or int(0.8 * budget.available(on))
-    statistics = min(every, max(allowed - fixed, 0)) if gram else 0
-    outputs = sum(s.total_bytes for s in shards.values())
-    store = sum(quantized_parameters(t) * (t.default.bits + 1) // 8 for t in resolved.targets)
-    streams = _stream_bytes(recipe, resolved, checkpoint, hidden * itemsize)
-    return Estimate(fixed + statistics, outputs, store, streams, max(statistics, 1))
-
-
-def _stream_bytes(recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, token_bytes: int) -> int:
-    """Two generations of every stream. A token of a text is at least two bytes; texts of the Hub that are
-    not at hand count as 700 windows."""
-    c = recipe.calibration
-    length = c.length or min(DEFAULT_LENGTH, context(checkpoint))
-    own = sum(1 for t in resolved.targets if t.needs and t.target.feedback)
-    shared = any(t.needs and not t.target.feedback for t in resolved.targets)
-    tokens = c.rows * length * (own + shared)
-    if recipe.eval.enabled:
-        tokens += sum(_evaluated(text) for text in recipe.eval.perplexity) * (1 + len(resolved.targets))
-    return 2 * tokens * token_bytes
-
-
-def _evaluated(text: EvalText) -> int:
-    """Tokens of an evaluation text, at most."""
-    file = resources.folder("calibration") / "embedded-eval.txt" if text.data == "embedded" else text.file
-    if file is not None and Path(file).is_file():
-        windows = Path(file).stat().st_size // (2 * text.context) + 1
-    else:
-        windows = 700
-    return min(windows, text.chunks or windows) * text.context
-
-
-def _block_parameters(block: Block) -> int:
-    return sum(w.shape[0] * w.shape[1] for w in block.weights())
-
-
-def _resource_blockers(recipe: Recipe, estimate: Estimate) -> list[str]:
-    blockers = []
-    allowed = recipe.device.max_bytes
-    if allowed is not None and estimate.memory > allowed:
-        blockers.append(
-            f"memory: up to {gigabytes(estimate.memory)} is needed; --max-memory allows {gigabytes(allowed)}"
-        )
-    free = shutil.disk_usage(existing(Path(recipe.output.dir))).free
-    if estimate.disk > free:
-        blockers.append(
-            f"disk: {gigabytes(estimate.disk)} is needed at `{recipe.output.dir}`; {gigabytes(free)} is free"
-        )
-    return blockers

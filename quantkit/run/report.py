@@ -11,7 +11,7 @@ from typing import Any
 
 from quantkit.evaluate.scores import Quality
 from quantkit.recipe.spec import Gates
-from quantkit.run.plan import gigabytes
+from quantkit.run.estimate import gigabytes
 from quantkit.run.quantize import TensorMetrics
 from quantkit.run.table import Table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -174,6 +175,7 @@ def test_full_disk_loses_nothing(
     full = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *arguments],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,15 +13,6 @@ from tests.interop.engines import Source, make_source
 # Groups of 128 need inputs that are multiples of 128; the two widths differ so that a transposed
 # matrix cannot pass.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of 128 × 256 gain nothing from threads, and lose much on a machine that is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +28,3 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Source]:
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of reference material beside the checkout; skips without it."""
-    folder = Path(__file__).resolve().parents[3] / "shared"
-    if not folder.is_dir():
-        pytest.skip("needs the reference material in ../shared")
-    return folder
