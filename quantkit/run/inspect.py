@@ -72,11 +72,14 @@ class Inspection:
 
     def _notes(self) -> list[str]:
         if self.manifest is None:
-            return [] if self.quantization is None else ["not made by quantkit: no quantkit.json"]
+            if self.quantization is None:
+                return []
+            method = str(self.quantization.get("quant_method", "unknown"))
+            unread = f"quantkit does not read '{method}' files: what is packed is shown as stored"
+            return ["not made by quantkit: no quantkit.json", *([] if method in _METHODS else [unread])]
         m = self.manifest
-        notes = [
-            f"made by quantkit {m['quantkit']} from {m['source']['id']} with {m['method']} {m['options']}"
-        ]
+        options = ", ".join(f"{name}={value}" for name, value in m["options"].items())
+        notes = [f"made by quantkit {m['quantkit']} from {m['source']['id']} with {m['method']} ({options})"]
         if m.get("calibration"):
             c = m["calibration"]
             names = ", ".join(share["name"] for share in c["sources"])
@@ -129,6 +132,7 @@ def _kinds(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> list[
     for name, info in checkpoint.tensors.items():
         if name not in inside:
             tensors[info.dtype] += 1
-            parameters[info.dtype] += info.nbytes // info.torch_dtype.itemsize
             sizes[info.dtype] += info.nbytes
-    return [Kind(kind, tensors[kind], parameters[kind], sizes[kind]) for kind in tensors]
+            if info.torch_dtype.is_floating_point:
+                parameters[info.dtype] += info.nbytes // info.torch_dtype.itemsize
+    return [Kind(kind, tensors[kind], parameters.get(kind), sizes[kind]) for kind in tensors]
