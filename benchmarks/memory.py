@@ -127,10 +127,11 @@ def main() -> None:
         source = Path(folder) / "synthetic"
         source.mkdir()
         size = write_checkpoint(source, config)
-        found = converted(source, Path(folder) / "out", ["gptq:w4g128@method=rtn", "gptq:w4g128"])
+        found = converted(source, Path(folder) / "out", ["gptq:w4g128@method=rtn", "gptq:w4g128@polish=1"])
     d, i = given.hidden, given.intermediate
     block = 4 * (4 * d * d + 3 * d * i)
-    embeddings = 4 * given.vocabulary * d
+    # embedding and head: both are matrices of vocabulary × hidden outside the blocks
+    embeddings = 2 * 4 * given.vocabulary * d
     hidden = 4 * d * (ROWS * LENGTH + EVAL_WINDOWS * EVAL_CONTEXT)
     bound = int(1.5 * (block + embeddings + hidden))
     save(

@@ -14,7 +14,7 @@ than strided columns. Shape suffixes: o out, i in, g groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +30,16 @@ Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
 Compensated = Callable[[slice], Tensor]
 
 
+# Columns whose errors reach one another by rank-one updates; everything further away is reached by
+# matrix products, of these runs inside a batch and of batches among themselves.
+RUN = 16
+
+
 class Grids(Protocol):
-    """Which grid a column is rounded on."""
+    """Which grid a column is rounded on. `period`: grids are fitted every so many columns; None: never."""
+
+    @property
+    def period(self) -> int | None: ...
 
     def at(self, column: int, compensated: Compensated) -> tuple[Tensor, Tensor | None]:
         """(out,) scale and zero point for processing position `column`."""
@@ -45,10 +53,14 @@ class DynamicGroups:
         self._fit, self._group_size = fit, group_size
         self._fitted: list[tuple[Tensor, Tensor | None]] = []
 
+    @property
+    def period(self) -> int:
+        return self._group_size
+
     def at(self, column: int, compensated: Compensated) -> tuple[Tensor, Tensor | None]:
         if column % self._group_size == 0:
             members = slice(column, column + self._group_size)
-            scale, zero = self._fit(compensated(members).T, members)
+            scale, zero = self._fit(compensated(members).T.contiguous(), members)
             self._fitted.append((scale.flatten(), None if zero is None else zero.flatten()))
         return self._fitted[-1]
 
@@ -60,6 +72,8 @@ class DynamicGroups:
 
 class StaticGroups:
     """Grids fixed beforehand: (out, groups) tables and the group of each processing position."""
+
+    period = None
 
     def __init__(self, scale_og: Tensor, zero_og: Tensor | None, group_of: Tensor) -> None:
         self._scale_go = scale_og.T.contiguous()
@@ -102,13 +116,21 @@ def batch_width(group_size: int, batch_columns: int) -> int:
     return max(group_size, batch_columns - batch_columns % group_size)
 
 
+def runs(start: int, end: int, period: int | None) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of the runs of a batch; no grid is fitted inside a run, before its errors arrived."""
+    step = RUN if period is None or period % RUN == 0 else period
+    for first in range(start, end, step):
+        yield first, min(first + step, end)
+
+
 def round_with_feedback(
     w_io: Tensor, factor: Factor, grids: Grids, bits: int, batch_columns: int = 128
 ) -> Rounded:
     """Round weights (in, out) fp32, each output by itself, in processing order; `factor` is in that order.
 
-    Columns are solved in batches: one product brings in the errors of everything before, rank-one
-    updates those inside. Groups fitted on the way must not reach past a batch (see `batch_width`).
+    Columns are solved in batches: one product brings in the errors of everything before; inside, runs of
+    columns do the same on a smaller scale, and rank-one updates serve a run. Groups fitted on the way
+    must not reach past a batch (see `batch_width`).
     """
     width, out = w_io.shape
     codes_io = torch.empty_like(w_io)
@@ -128,15 +150,17 @@ def round_with_feedback(
             moved: Tensor = torch.linalg.solve_triangular(inner[own, own].T, pull[own], upper=False)
             return w_io[members] + moved
 
-        for j in range(start, end):
-            k = j - start
-            scale, zero = grids.at(j, compensated)
-            target = w_io[j] + pull[k] / pivots[k]
-            code = affine.steps(target, scale, zero, bits)
-            value = affine.restore(code, scale, zero)
-            codes_io[j] = code
-            error_io[j] = w_io[j] - value
-            loss_o += ((target - value) * pivots[k]).square_()
-            if j + 1 < end:
-                pull[k + 1 :].addr_(inner[k, k + 1 :], error_io[j])
+        for first, last in runs(start, end, grids.period):
+            for j in range(first, last):
+                k = j - start
+                scale, zero = grids.at(j, compensated)
+                target = w_io[j] + pull[k] / pivots[k]
+                code = affine.steps(target, scale, zero, bits)
+                value = affine.restore(code, scale, zero)
+                codes_io[j] = code
+                torch.sub(w_io[j], value, out=error_io[j])
+                loss_o += target.sub_(value).mul_(pivots[k]).square_()
+                pull[k + 1 : last - start].addr_(inner[k, k + 1 : last - start], error_io[j])
+            done, rest = slice(first - start, last - start), slice(last - start, end - start)
+            pull[rest].addmm_(inner[done, rest].T, error_io[first:last])
     return Rounded(codes_io, loss_o)

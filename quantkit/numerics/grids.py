@@ -14,7 +14,6 @@ is s* = Σ v·q·w / Σ v·q² and leaves the error Σ v·w² − F(q). v is the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,9 +24,11 @@ from quantkit.numerics import affine
 
 Scales = Literal["absmax", "mse", "weighted"]
 
-# 40 factors in [.35, 1.1]: within .1 % of 57 in [.35, 1.05] and of the exact sweep at 2 to 4 bits. The few
-# below serve groups whose largest weight meets an input that hardly matters.
-_SHRINK = (0.06, 0.12, 0.18, 0.24, 0.3, *(0.35 + 0.75 * i / 39 for i in range(40)))
+# Trial scales as factors of the one that spans the largest weight, then steps around the best of them: with
+# one refit each within .1 % of 45 evenly spaced ones. The lowest serve groups whose largest weight meets
+# an input that hardly matters.
+_COARSE = (0.06, 0.14, 0.22, 0.3, *(0.38 + 0.06 * i for i in range(13)))
+_FINE = (-0.04, -0.02, 0.02, 0.04)
 # fp16 keeps scales below its smallest normal number with fewer digits; engines compute with them all the same
 _SMALLEST = {torch.float16: 2.0**-24}
 # An input that calibration never excited would leave its weights unconstrained; keep a floor.
@@ -107,35 +108,61 @@ def _floored(importance: Tensor) -> Tensor:
 def _search(
     w: Tensor, v: Tensor | None, bits: int, sym: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Best grid per row of w (rows, g) by v-weighted squared error: a list of candidates, one refit each.
+    """Best grid per row of w (rows, g) by v-weighted squared error: coarse candidates, then their neighbours.
 
-    The plain scale is the last candidate, compared as stored: neither the spacing of the list nor the
-    rounding of the refit can make the search worse than it.
+    The plain scale is compared last, as stored: neither the spacing of the candidates nor the rounding
+    of the refit can make the search worse than it.
     """
-    vw = w if v is None else v * w
-    best_gain = torch.full((w.shape[0], 1), -1.0, device=w.device)
-    best_scale = torch.ones_like(best_gain)
-    best_zero = None if sym else torch.zeros_like(best_gain)
-    for scale, zero in _candidates(w, bits, sym):
-        q = affine.steps(w, scale, zero, bits)
-        if zero is not None:
-            q -= zero
-        cross = (q * vw).sum(-1, keepdim=True)
-        energy = (q * q if v is None else q * q * v).sum(-1, keepdim=True)
+    full, zeros = _extent(w, bits, sym)
+    best = _Best(w, v, bits)
+    for factor in _COARSE:
+        for zero in zeros:
+            best.offer(full * factor, zero)
+            if sym:
+                # the grid is lopsided (−8 … 7): the mirrored one fits about half of all groups better
+                best.offer(full * -factor, zero)
+    centre, zero = best.trial, best.zero
+    for offset in _FINE:
+        best.offer(centre + full * offset * centre.sign(), zero)
+    found = round_scale(best.scale, dtype)
+    plain, plain_zero = (absmax(w, bits, dtype), None) if sym else minmax(w, bits, dtype)
+    worse = _error(w, v, found, best.zero, bits) > _error(w, v, plain, plain_zero, bits)
+    if best.zero is None or plain_zero is None:
+        return torch.where(worse, plain, found), None
+    return torch.where(worse, plain, found), torch.where(worse, plain_zero, best.zero)
+
+
+class _Best:
+    """The best grid so far of every row: its refitted scale, its zero point, and the trial that led to it."""
+
+    def __init__(self, w: Tensor, v: Tensor | None, bits: int) -> None:
+        self._w, self._v, self._bits = w, v, bits
+        self._codes, self._weighted = torch.empty_like(w), torch.empty_like(w)
+        self._gain = w.new_full((w.shape[0], 1), -1.0)
+        self.scale = torch.ones_like(self._gain)
+        self.trial = torch.ones_like(self._gain)
+        self.zero: Tensor | None = None
+
+    def offer(self, scale: Tensor, zero: Tensor | None) -> None:
+        """Round on a trial grid, refit its scale, keep it where it gains."""
+        low, high = affine.limits(self._bits, zero is None)
+        q = torch.mul(self._w, scale.reciprocal(), out=self._codes).round_()
+        if zero is None:
+            q.clamp_(low, high)
+        else:
+            q.add_(zero).clamp_(low, high).sub_(zero)
+        qv = q if self._v is None else torch.mul(q, self._v, out=self._weighted)
+        cross = (qv * self._w).sum(-1, keepdim=True)
+        energy = (qv * q).sum(-1, keepdim=True)
         refit = cross / energy.clamp(min=torch.finfo(torch.float32).tiny)
         gain = cross * refit
-        # a zero point ties the sign: a refit that changes it would move the codes to the other side
-        better = (gain > best_gain) & (energy > 0) & (refit * scale > 0)
-        best_gain = torch.where(better, gain, best_gain)
-        best_scale = torch.where(better, refit, best_scale)
-        if best_zero is not None and zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    found = round_scale(best_scale, dtype)
-    plain, plain_zero = (absmax(w, bits, dtype), None) if sym else minmax(w, bits, dtype)
-    worse = _error(w, v, found, best_zero, bits) > _error(w, v, plain, plain_zero, bits)
-    if best_zero is not None and plain_zero is not None:
-        best_zero = torch.where(worse, plain_zero, best_zero)
-    return torch.where(worse, plain, found), best_zero
+        # a refit of the other sign would move the codes to the other side of the zero point
+        better = (gain > self._gain) & (energy > 0) & (refit * scale > 0)
+        self._gain = torch.where(better, gain, self._gain)
+        self.scale = torch.where(better, refit, self.scale)
+        self.trial = torch.where(better, scale, self.trial)
+        if zero is not None:
+            self.zero = zero if self.zero is None else torch.where(better, zero, self.zero)
 
 
 def _error(w: Tensor, v: Tensor | None, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
@@ -143,20 +170,12 @@ def _error(w: Tensor, v: Tensor | None, scale: Tensor, zero: Tensor | None, bits
     return (square if v is None else square.mul_(v)).sum(-1, keepdim=True)
 
 
-def _candidates(w: Tensor, bits: int, sym: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(scale, zero point or None) trial grids for each row of w."""
+def _extent(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """The scale that spans all of a row (factor 1), and the zero points to try with it."""
     tiny = torch.finfo(torch.float32).tiny
     if sym:
-        full = (w.abs().amax(-1, keepdim=True) / ((1 << (bits - 1)) - 0.5)).clamp(min=tiny)
-        for factor in _SHRINK:
-            # the grid is lopsided (−8 … 7): the mirrored one fits about half of all groups better
-            yield full * factor, None
-            yield full * -factor, None
-        return
+        return (w.abs().amax(-1, keepdim=True) / ((1 << (bits - 1)) - 0.5)).clamp(min=tiny), [None]
     low = w.amin(-1, keepdim=True).clamp(max=0)
     full = ((w.amax(-1, keepdim=True).clamp(min=0) - low) / ((1 << bits) - 1)).clamp(min=tiny)
-    for factor in _SHRINK:
-        scale = full * factor
-        centre = torch.round(-low / full)
-        for shift in (-1, 0, 1):
-            yield scale, (centre + shift).clamp_(0, (1 << bits) - 1)
+    centre = torch.round(-low / full)
+    return full, [(centre + shift).clamp_(0, (1 << bits) - 1) for shift in (-1, 0, 1)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.numerics import affine
 from quantkit.numerics.curvature import Curvature
-from quantkit.numerics.feedback import StaticGroups
+from quantkit.numerics.feedback import StaticGroups, runs
 
 # a sweep that gains less than this share of the loss is the last one
 _ENOUGH = 0.002
@@ -46,15 +46,18 @@ def polish(
             coupling = curvature.rows(start, end)
             inside = m_io[start:end].clone()
             change = torch.empty_like(inside)
-            for j in range(start, end):
-                k = j - start
-                scale, zero = grids.at(j)
-                code = affine.steps(value_io[j] - inside[k] / diagonal[j], scale, zero, bits)
-                value = affine.restore(code, scale, zero)
-                change[k] = value - value_io[j]
-                inside[k + 1 :].addr_(coupling[k, j + 1 : end], change[k])
-                value_io[j] = value
-                codes_io[j] = code
+            for first, last in runs(start, end, None):
+                for j in range(first, last):
+                    k = j - start
+                    scale, zero = grids.at(j)
+                    code = affine.steps(value_io[j] - inside[k] / diagonal[j], scale, zero, bits)
+                    value = affine.restore(code, scale, zero)
+                    torch.sub(value, value_io[j], out=change[k])
+                    inside[k + 1 : last - start].addr_(coupling[k, j + 1 : last], change[k])
+                    value_io[j] = value
+                    codes_io[j] = code
+                done = slice(first - start, last - start)
+                inside[last - start :].addmm_(coupling[done, last:end].T, change[done])
             m_io.addmm_(coupling.T, change)
         after = _loss(value_io, w_io, m_io)
         if before - after < _ENOUGH * before:

@@ -57,7 +57,7 @@ class Device:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], "dtype of the forward pass; auto follows the source"
     ] = "auto"
-    batch_tokens: Annotated[int, "tokens per micro-batch of the forward pass", Range(1)] = 4096
+    batch_tokens: Annotated[int, "tokens per micro-batch of the forward pass", Range(1)] = 2048
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,6 +59,14 @@ def available(on: torch.device) -> int:
         if found:
             return int(found[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def release_memory() -> None:
+    """Give freed pages back to the system. glibc keeps what it may reuse, which for tensors of a few dozen
+    megabytes adds up to a good part of a block; other C libraries have no such call and need none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent outside glibc
+    if trim is not None:
+        trim(0)
 
 
 def waves(sites: Sequence[Site], needs: Mapping[str, Need], budget: int) -> Iterator[tuple[Site, ...]]:

@@ -16,10 +16,11 @@ from quantkit.numerics.nearest import nearest
 from quantkit.protocols import Outcome, Quantizer
 from quantkit.recipe.plan import TargetPlan
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor, dequantize
+from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor, dequantize, shape
 
-# rows × inputs handled at once when an error is measured
-_PIECE = 1 << 23
+# An error is measured on at most so many evenly spaced rows: within a few percent of all of them, and
+# measuring does not cost more than solving.
+_MEASURED_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +98,17 @@ def _solve(
     scheme: Scheme,
     prepared: Any,
 ) -> list[Made]:
-    matrices = [weight_of(w).to(torch.float32) for w in weights]
-    stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    stacked = torch.cat([weight_of(w).to(torch.float32) for w in weights])
     if prepared is None and quantizer.needs is not Need.NOTHING:
         outcome = _starved(stacked, scheme)
     else:
         outcome = quantizer.quantize(stacked, prepared, scheme)
-    del stacked
     made, row = [], 0
-    for weight, matrix in zip(weights, matrices, strict=True):
-        part = rows(outcome.weight, row, row + matrix.shape[0])
-        row += matrix.shape[0]
-        error, metric = relative_error(matrix, part, stats)
+    for weight in weights:
+        own = slice(row, row + weight.shape[0])
+        part = rows(outcome.weight, own)
+        row = own.stop
+        error, metric = relative_error(stacked[own], part, stats)
         tokens = 0 if stats is None else stats.tokens
         metrics = TensorMetrics(weight.key, scheme.name, tokens, error, metric, outcome.note)
         made.append(Made(QuantizedLinear(weight.key, _on_cpu(part)), metrics))
@@ -122,30 +122,31 @@ def _starved(weight: Tensor, scheme: Scheme) -> Outcome:
     )
 
 
-def rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Rows start … stop − 1 of a quantized tensor; groups span one row or all of them."""
+def rows(q: QuantizedTensor, chosen: slice) -> QuantizedTensor:
+    """Some rows of a quantized tensor; groups span one row or all of them."""
 
     def cut(v: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
         if q.group[0] != 1:
             return v
-        return v[start:stop] if isinstance(v, Tensor) else rows(v, start, stop)
+        return v[chosen] if isinstance(v, Tensor) else rows(v, chosen)
 
-    group = (1 if q.group[0] == 1 else stop - start, q.group[1])
+    count = len(range(*chosen.indices(shape(q)[0])))
+    group = (1 if q.group[0] == 1 else count, q.group[1])
     match q:
         case Affine():
             zero = q.zero_point
             return replace(
                 q,
-                codes=q.codes[start:stop],
+                codes=q.codes[chosen],
                 scale=cut(q.scale),
                 group=group,
-                zero_point=None if zero is None else zero if q.group[0] != 1 else zero[start:stop],
+                zero_point=None if zero is None else zero if q.group[0] != 1 else zero[chosen],
                 offset=None if q.offset is None else cut(q.offset),
             )
         case Float():
-            return replace(q, values=q.values[start:stop], scale=cut(q.scale), group=group)
+            return replace(q, values=q.values[chosen], scale=cut(q.scale), group=group)
         case Codebook():
-            return replace(q, codes=q.codes[start:stop], scale=cut(q.scale), group=group)
+            return replace(q, codes=q.codes[chosen], scale=cut(q.scale), group=group)
 
 
 def _on_cpu(q: QuantizedTensor) -> QuantizedTensor:
@@ -170,18 +171,15 @@ def relative_error(w: Tensor, q: QuantizedTensor, stats: Statistics | None) -> t
     gram = None if seen is None else seen.gram
     known = seen is not None and (gram is not None or seen.squares is not None)
     importance = seen.importance() if seen is not None and known else None
-    error = power = 0.0
-    step = max(1, _PIECE // w.shape[1])
-    for start in range(0, w.shape[0], step):
-        part = w[start : start + step]
-        delta = dequantize(rows(q, start, start + part.shape[0])).to(w.device) - part
-        for value, sign in ((delta, 0), (part, 1)):
-            if gram is not None:
-                total = float(((value @ gram) * value).sum())
-            elif importance is not None:
-                total = float((value.square() @ importance).sum())
-            else:
-                total = float(value.square().sum())
-            error, power = (error, power + total) if sign else (error + total, power)
+    chosen = slice(None, None, -(-w.shape[0] // _MEASURED_ROWS))
+    part = w[chosen]
+    delta = dequantize(rows(q, chosen)).to(w.device) - part
+
+    def power(x: Tensor) -> float:
+        if gram is not None:
+            return float(((x @ gram) * x).sum())
+        return float((x.square() @ importance).sum()) if importance is not None else float(x.square().sum())
+
+    error, whole = power(delta), power(part)
     metric = "output" if gram is not None else "weighted" if importance is not None else "weights"
-    return (error / power if power > 0 else 0.0), metric
+    return (error / whole if whole > 0 else 0.0), metric

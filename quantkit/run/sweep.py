@@ -21,7 +21,7 @@ from quantkit.model.graph import Block, Site
 from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Dequantized, Streams
-from quantkit.run.budget import waves
+from quantkit.run.budget import release_memory, waves
 from quantkit.run.progress import BlockError, BlockInfo, Progress
 from quantkit.run.quantize import Made, TensorMetrics, quantize_site
 from quantkit.run.store import RunStore
@@ -71,6 +71,7 @@ class _Held:
 
     def drop(self) -> None:
         self._loaded = None
+        release_memory()
 
 
 class Sweep:
@@ -98,10 +99,9 @@ class Sweep:
         else:
             self._embed()
         for block in self._blocks[start:]:
-            began = time.monotonic()
             stored = {t.name for t in self._plan.targets if done[t.name] > block.index}
-            made = self._block(block, stored, progress)
-            progress.block(block.index, _info(block, made, time.monotonic() - began))
+            progress.block(block.index, self._block(block, stored, progress))
+            release_memory()
             if stop.is_set():
                 raise Interrupted(
                     f"stopped after block {block.index + 1} of {blocks}, which is committed",
@@ -123,7 +123,8 @@ class Sweep:
         self._runtime.release_embed()
         self._streams.take_written()
 
-    def _block(self, block: Block, stored: set[str], progress: Progress) -> dict[str, list[Made]]:
+    def _block(self, block: Block, stored: set[str], progress: Progress) -> BlockInfo:
+        began = time.monotonic()
         fresh = [t for t in self._plan.targets if t.name not in stored]
         held = _Held(self._runtime, block.index)
         made: dict[str, list[Made]] = {t.name: [] for t in fresh}
@@ -145,7 +146,7 @@ class Sweep:
             self._plan.streams_key,
             self._streams.take_written(),
         )
-        return made
+        return _info(block, made, time.monotonic() - began)
 
     def _reference(
         self, held: _Held, block: Block, fresh: Sequence[TargetPlan], made: dict[str, list[Made]]

@@ -55,7 +55,7 @@ def test_defaults_are_those_documented() -> None:
         "resume",
         5 * 10**9,
     )
-    assert (recipe.device.map, recipe.device.max_bytes, recipe.device.batch_tokens) == ("auto", None, 4096)
+    assert (recipe.device.map, recipe.device.max_bytes, recipe.device.batch_tokens) == ("auto", None, 2048)
     assert (recipe.calibration.set, recipe.calibration.rows) == ("wikitext103", 256)
     assert (recipe.calibration.length, recipe.calibration.seed) == (None, 0)
     assert recipe.eval.perplexity == (EvalText(data="wikitext2", style="llamacpp", context=512),)
