@@ -162,7 +162,11 @@ def test_rows_are_independent_unless_a_scale_ties_them(
     order = torch.randperm(OUT, generator=rng)
     straight = dequantize(run(label, weight, stats, scheme))
     permuted = dequantize(run(label, weight[order], stats, scheme))
-    assert torch.equal(straight[order], permuted)
+    if scheme.per_tensor:
+        # one scale, fitted by sums over all rows: another order of summing may move its last bit
+        torch.testing.assert_close(straight[order], permuted, rtol=2**-10, atol=0)
+    else:
+        assert torch.equal(straight[order], permuted)
 
 
 @CASES
