@@ -28,7 +28,7 @@ from benchmarks.record import ROOT, save
 from quantkit import resources
 from quantkit.checkpoint.writer import ShardedWriter, TensorSpec, plan_shards
 
-ROWS, LENGTH, EVAL_WINDOWS, EVAL_CONTEXT = 16, 256, 4, 256
+ROWS, LENGTH, EVAL_WINDOWS, EVAL_CONTEXT = 8, 256, 4, 256
 
 
 def specs(config: LlamaConfig) -> list[TensorSpec]:
@@ -127,7 +127,7 @@ def main() -> None:
         source = Path(folder) / "synthetic"
         source.mkdir()
         size = write_checkpoint(source, config)
-        found = converted(source, Path(folder) / "out", ["gptq:w4g128@method=rtn", "gptq:w4g128@polish=1"])
+        found = converted(source, Path(folder) / "out", ["gptq:w4g128@method=rtn", "gptq:w4g128@polish=0"])
     d, i = given.hidden, given.intermediate
     block = 4 * (4 * d * d + 3 * d * i)
     # embedding and head: both are matrices of vocabulary × hidden outside the blocks

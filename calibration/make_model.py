@@ -179,9 +179,7 @@ def perplexity(model: LlamaForCausalLM, stream: torch.Tensor, length: int) -> tu
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train-text", type=Path, default=Path("build/embedded-train.txt"))
-    parser.add_argument(
-        "--eval-text", type=Path, default=ROOT / "calibration" / "embedded-eval.txt"
-    )
+    parser.add_argument("--eval-text", type=Path, default=ROOT / "calibration" / "embedded-eval.txt")
     parser.add_argument("--out", type=Path, default=ROOT / "quantkit" / "data" / "demo-llama")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--batch", type=int, default=4, help="rows per step")

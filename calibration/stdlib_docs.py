@@ -93,9 +93,7 @@ def _python_modules(stdlib: Path, novelty: Novelty) -> Iterator[Document]:
         source = path.read_text(encoding="utf-8")
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         passages = tuple(
-            f"{name}\n\n{doc}"
-            for name, doc in _docstrings(ast.parse(source), module)
-            if novelty.accepts(doc)
+            f"{name}\n\n{doc}" for name, doc in _docstrings(ast.parse(source), module) if novelty.accepts(doc)
         )
         comments = tuple(text for text in _comments(source) if novelty.accepts(text))
         if passages or comments:
@@ -144,9 +142,7 @@ def _c_modules(stdlib: Path, novelty: Novelty) -> Iterator[Document]:
         except ImportError:
             # An extension whose system library is absent documents nothing here.
             continue
-        passages = tuple(
-            f"{owner}\n\n{doc}" for owner, doc in _members(module, name) if novelty.accepts(doc)
-        )
+        passages = tuple(f"{owner}\n\n{doc}" for owner, doc in _members(module, name) if novelty.accepts(doc))
         if passages:
             yield Document(f"c:{name}", passages)
 

@@ -138,9 +138,10 @@ class _Best:
     def __init__(self, w: Tensor, v: Tensor | None, bits: int) -> None:
         self._w, self._v, self._bits = w, v, bits
         self._codes, self._weighted = torch.empty_like(w), torch.empty_like(w)
-        self._gain = w.new_full((w.shape[0], 1), -1.0)
-        self.scale = torch.ones_like(self._gain)
-        self.trial = torch.ones_like(self._gain)
+        # at 8 bits the gains of good grids agree to six digits: their sums need more
+        self._gain = w.new_full((w.shape[0], 1), -1.0, dtype=torch.float64)
+        self.scale = w.new_ones(w.shape[0], 1)
+        self.trial = w.new_ones(w.shape[0], 1)
         self.zero: Tensor | None = None
 
     def offer(self, scale: Tensor, zero: Tensor | None) -> None:
@@ -152,14 +153,14 @@ class _Best:
         else:
             q.add_(zero).clamp_(low, high).sub_(zero)
         qv = q if self._v is None else torch.mul(q, self._v, out=self._weighted)
-        cross = (qv * self._w).sum(-1, keepdim=True)
-        energy = (qv * q).sum(-1, keepdim=True)
+        cross = (qv * self._w).sum(-1, keepdim=True, dtype=torch.float64)
+        energy = (qv * q).sum(-1, keepdim=True, dtype=torch.float64)
         refit = cross / energy.clamp(min=torch.finfo(torch.float32).tiny)
         gain = cross * refit
         # a refit of the other sign would move the codes to the other side of the zero point
         better = (gain > self._gain) & (energy > 0) & (refit * scale > 0)
         self._gain = torch.where(better, gain, self._gain)
-        self.scale = torch.where(better, refit, self.scale)
+        self.scale = torch.where(better, refit.float(), self.scale)
         self.trial = torch.where(better, scale, self.trial)
         if zero is not None:
             self.zero = zero if self.zero is None else torch.where(better, zero, self.zero)

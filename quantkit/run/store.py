@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -54,13 +55,12 @@ class RunStore:
         root.mkdir(parents=True, exist_ok=True)
         store = cls(root)
         store._lock()
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(store.close)
             if restart:
                 (root / JOURNAL).unlink(missing_ok=True)
             store._replay()
-        except BaseException:
-            store.close()
-            raise
+            on_failure.pop_all()
         return store
 
     def _lock(self) -> None:
