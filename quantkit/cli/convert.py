@@ -55,8 +55,8 @@ def command(**flags: Any) -> int:
 
     where = {"offline": flags["offline"], "cache_dir": flags["cache_dir"]}
     planned = plan(recipe, **where)
-    output.preview(planned.table())
     planned.check()
+    output.preview(planned.table())
     with choose(output) as progress, stop_on_interrupt(progress.warn) as stop:
         report = convert(recipe, progress=progress, restart=flags["restart"], stop=stop, **where)
     paths = [Path(recipe.output.dir) / target.folder for target in report.targets]

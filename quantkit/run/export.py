@@ -127,7 +127,10 @@ def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
         )
     if on_exists == "replace":
         return False
-    known = json.loads(manifest.read_text("utf-8"))
+    try:
+        known = json.loads(manifest.read_text("utf-8"))
+    except ValueError:
+        known = {}
     if on_exists == "resume" and known.get("key") == key:
         return all(
             (folder / n).is_file() and (folder / n).stat().st_size == f["bytes"]

@@ -109,11 +109,17 @@ class Sweep:
                 )
 
     def _first_block(self, done: Mapping[str, int]) -> int:
-        """The block from which everything that is needed is at hand."""
+        """The block from which everything that is needed is at hand.
+
+        A target that lacks results from before the stored streams (a new one, a damaged file) needs the
+        streams of earlier blocks, which are gone: all rows then travel from the start, and blocks whose
+        results are stored are not solved again.
+        """
         needed = [self._streams.name(stream, rows) for stream, rows in self._plan.stream_rows()]
         if not needed:
             return min(done.values())
-        return min(self._store.generation(self._plan.streams_key, needed), *done.values())
+        generation = self._store.generation(self._plan.streams_key, needed)
+        return generation if generation <= min(done.values()) else 0
 
     def _embed(self) -> None:
         every = {rows.name: rows for _, rows in self._plan.stream_rows()}

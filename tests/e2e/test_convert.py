@@ -20,7 +20,9 @@ from quantkit.errors import Interrupted, UsageError
 from quantkit.run.budget import waves
 from quantkit.run.store import RunStore
 from quantkit.tensors import dequantize
+from tests.e2e.conftest import write_tokenizer
 from tests.e2e.runs import recipe, sums
+from tests.models import save_tiny
 
 GPTQ, RTN, W8 = "gptq:w4g32", "gptq:w4g32@method=rtn", "compressed_tensors:w8"
 
@@ -178,6 +180,27 @@ def test_stop_ends_after_a_commit_and_the_next_run_continues(
     quantkit.convert(whole)
     same = {k: v for k, v in sums(tmp_path / "whole").items() if k != "recipe.resolved.yaml"}
     assert {k: v for k, v in sums(tmp_path / "stopped").items() if k != "recipe.resolved.yaml"} == same
+
+
+def test_a_damaged_result_is_made_again(
+    calibration_text: Path, evaluation_text: Path, tmp_path: Path
+) -> None:
+    """Its block lies before the streams that are stored, so all rows travel from the start."""
+    source = save_tiny("llama", tmp_path / "deep", num_hidden_layers=4)
+    write_tokenizer(source)
+    made = recipe(source, calibration_text, evaluation_text, tmp_path / "out", GPTQ, RTN)
+    stop = Event()
+    stop.set()
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            quantkit.convert(made, stop=stop)
+    damaged = sorted((tmp_path / "out" / ".quantkit" / "results").glob("*/0001.safetensors"))
+    assert len(damaged) == 2
+    damaged[0].write_bytes(damaged[0].read_bytes()[:-1] + b"\xff")
+    quantkit.convert(made)
+    (tmp_path / "out").rename(tmp_path / "continued")
+    quantkit.convert(made)
+    assert sums(tmp_path / "continued") == sums(tmp_path / "out")
 
 
 def test_another_plan_in_the_same_folder_is_refused(
