@@ -20,7 +20,7 @@ from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, Quantized
 
 # An error is measured on at most so many evenly spaced rows: within a few percent of all of them, and
 # measuring does not cost more than solving.
-_MEASURED_ROWS = 1024
+_MEASURED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
