@@ -69,7 +69,8 @@ PROVENANCE = """\
 modules and topics, and {dropped} of its passages were dropped for sharing a
 64-character block with them.
 
-The training text is not shipped. It also has the source comments of its modules, holds {train_documents} documents and
+The training text is not shipped. It also has the source comments of its
+modules, and holds {train_documents} documents and
 {train_bytes} bytes, sha256 `{train_digest}`.
 """
 
