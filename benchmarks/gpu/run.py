@@ -24,7 +24,7 @@ from benchmarks.memory import write_checkpoint
 from benchmarks.record import save
 from quantkit.run.progress import BlockInfo, Silent
 
-ROWS, LENGTH, POLISH = 128, 2048, 3
+LENGTH, POLISH = 2048, 3
 TARGETS = ("gptq:w4g128", "gptq:w4g128@method=rtn", "compressed_tensors:w8@method=rtn")
 
 
@@ -87,13 +87,13 @@ def embedded(device: str, out: Path) -> quantkit.Recipe:
     )
 
 
-def large(device: str, source: Path, out: Path) -> quantkit.Recipe:
+def large(device: str, source: Path, out: Path, rows: int) -> quantkit.Recipe:
     return quantkit.Recipe(
         source=str(source),
         targets=tuple(t for text in TARGETS[:1] for t in quantkit.parse_targets(text)),
         output=quantkit.Output(dir=str(out)),
         device=quantkit.Device(map=device, batch_tokens=16384),
-        calibration=quantkit.Calibration(set="embedded", rows=ROWS, length=LENGTH),
+        calibration=quantkit.Calibration(set="embedded", rows=rows, length=LENGTH),
         eval=quantkit.Eval(
             perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=2048, chunks=8),)
         ),
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--skip-large", action="store_true")
     parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows of 2,048 tokens")
     given = parser.parse_args()
     device = torch.device(given.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -135,14 +136,14 @@ def main() -> None:
             source = Path(folder) / "llama-1b-random"
             source.mkdir()
             size = write_checkpoint(source, config)
-            found = run(large(given.device, source, Path(folder) / "large"), device)
+            found = run(large(given.device, source, Path(folder) / "large", given.rows), device)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
-            flop = floor(config, ROWS * LENGTH)
+            flop = floor(config, given.rows * LENGTH)
             least = sum(flop.values()) / rate
             median = sorted(found["seconds_per_block"])[len(found["seconds_per_block"]) // 2]
             content["large"] = {
-                "checkpoint_bytes": size, "calibration_tokens": ROWS * LENGTH, "flop_per_block": flop,
+                "checkpoint_bytes": size, "calibration_tokens": given.rows * LENGTH, "flop_per_block": flop,
                 "matrix_flop_per_second": rate, "floor_seconds_per_block": least,
                 "median_seconds_per_block": median, "times_floor": median / least, **found,
             }  # fmt: skip
