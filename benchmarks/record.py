@@ -57,7 +57,8 @@ def save(name: str, content: dict[str, Any]) -> Path:
     """Write benchmarks/results/<name>.json and say where."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = " ".join(["python", *(a.replace(f"{ROOT}/", "") for a in sys.argv)])
+    module = ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts)
+    command = " ".join(["python -m", module, *sys.argv[1:]])
     facts = {
         "benchmark": name,
         "command": command,
