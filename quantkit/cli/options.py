@@ -156,7 +156,7 @@ def _recipe_path(flags: Mapping[str, Any]) -> Path | None:
     if name is None:
         return None
     path = Path(name)
-    if not path.exists() and path.name == name and not path.suffix:
+    if not path.is_file() and path.name == name and not path.suffix:
         shipped = resources.folder("recipes") / f"{name}.yaml"
         path = shipped if shipped.exists() else path
     return path

@@ -161,8 +161,8 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
 
 
 def locate(source: str, *, offline: bool, cache_dir: Path | None) -> Source:
-    """A folder, a Hub id, or `demo`, the embedded model (unless a folder of that name is there)."""
-    if source == DEMO and not Path(source).exists():
+    """A folder, a Hub id, or `demo`, the embedded model; a folder of that name is `./demo`."""
+    if source == DEMO:
         return Source(resources.folder("demo-llama"), None, None, DEMO)
     return fetch(source, offline=offline, cache_dir=cache_dir)
 

@@ -86,6 +86,15 @@ def test_the_embedded_model_needs_no_flags(recipe_of: Callable[..., Recipe]) -> 
     assert recipe_of("demo", "--to", "ct:w8").targets == (Target("ct", "w8"),)
 
 
+def test_a_folder_called_demo_is_not_in_the_way(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe_of("demo").calibration.set == "embedded"
+    assert recipe_of("./demo", "--to", "ct:w8").source == "./demo"
+
+
 def test_environment_values_stay_out_of_print_recipe(
     quantkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
