@@ -11,8 +11,7 @@ QuantkitError
 │   ├── NumericsError         non-finite values, a factorisation that fails
 │   ├── BudgetError           memory or disk does not suffice
 │   ├── CoverageError         weights a recipe meant to quantize stayed 16-bit
-│   ├── VerifyError           a written file does not say what was stored
-│   └── EquivalenceError      a transform changed the function
+│   └── VerifyError           a written file does not say what was stored
 ├── HubError                  the Hub said no, or nothing             exit 3
 ├── GateError                 an evaluation gate of the recipe failed exit 4
 └── Interrupted               stopped on request; resumable           exit 130
@@ -102,10 +101,6 @@ class CoverageError(RunError):
 
 class VerifyError(RunError):
     """A written file does not read back as what the store holds."""
-
-
-class EquivalenceError(RunError):
-    """A transform changed the function it must preserve."""
 
 
 class HubError(QuantkitError):

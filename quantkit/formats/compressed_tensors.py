@@ -31,7 +31,6 @@ from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 SUMMARY = "integer weights, 2 to 8 bits, for vLLM, transformers, SGLang"
 DEFAULT_SCHEME = "w4g128"
 PRESETS = ("w3g128", "w4g32", "w4g64", "w4g128", "w4g128_asym", "w8", "w8g128", "w8_tensor")
-NEEDS_EXTRA = "quantkit[compressed-tensors]"
 
 _PACKED, _INT = "pack-quantized", "int-quantized"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")

@@ -31,7 +31,6 @@ from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 SUMMARY = "integer weights, 2, 3, 4 or 8 bits, for vLLM, SGLang, ExLlamaV2, transformers"
 DEFAULT_SCHEME = "w4g128"
 PRESETS = ("w2g64", "w3g128", "w4g32", "w4g64", "w4g128", "w4g128_asym", "w8g128", "w4", "w8")
-NEEDS_EXTRA = "quantkit[gptq]"
 
 _BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")

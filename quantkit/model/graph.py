@@ -41,6 +41,10 @@ class Weight:
         return f"{self.name}[{self.part.expert}]"
 
     @property
+    def parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
     def module(self) -> str:
         """The module path that rules match against: the name without ``.weight``."""
         return self.key.removesuffix(".weight")
@@ -67,6 +71,11 @@ class Block:
     index: int
     sites: tuple[Site, ...]
     kept: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of its matrices."""
+        return sum(weight.parameters for weight in self.weights())
 
     def weights(self) -> Iterator[Weight]:
         for site in self.sites:

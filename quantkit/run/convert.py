@@ -130,7 +130,7 @@ class _Run:
             "sweep", f"{len(graph.blocks)} blocks, {', '.join(t.name for t in self._plan.targets)}"
         )
         Sweep(what, runtime, graph.blocks, store, streams).run(self._progress, stop)
-        keys = [self._keys[t.name] for t in self._plan.targets]
+        keys = list(dict.fromkeys(self._keys[t.name] for t in self._plan.targets))
         found: Mapping[str, Sequence[Quality]] = {key: [] for key in keys}
         if self._rows.evaluation:
             self._progress.step("evaluate", ", ".join(e.convention for e, _ in self._rows.evaluation))

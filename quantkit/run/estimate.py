@@ -10,8 +10,9 @@ from quantkit import resources
 from quantkit.calibrate.statistics import Need, nbytes
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardPlan
-from quantkit.model.graph import Block, ModelGraph
+from quantkit.model.graph import ModelGraph
 from quantkit.recipe.plan import Resolved
+from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, EvalText, Recipe
 from quantkit.run import budget
 from quantkit.run.files import quantized_parameters
@@ -46,8 +47,8 @@ def estimate(
     itemsize = budget.compute_dtype(recipe.device.dtype, on).itemsize
     widest = max((s.width for b in graph.blocks for s in b.sites), default=0)
     tallest = max((sum(w.shape[0] for w in s.weights) for b in graph.blocks for s in b.sites), default=0)
-    weights = max((_block_parameters(b) for b in graph.blocks), default=0)
-    outer = max((w.shape[0] * w.shape[1] for w in graph.outer), default=0) * itemsize
+    weights = max((b.parameters for b in graph.blocks), default=0)
+    outer = max((w.parameters for w in graph.outer), default=0) * itemsize
     hidden = graph.blocks[0].sites[0].width if graph.blocks else 0
     gram = any(Need.GRAM in t.needs for t in resolved.targets)
     # a block is in memory while rows run through it, and dropped while its sites are solved
@@ -90,21 +91,17 @@ def _evaluated(text: EvalText) -> int:
     return min(windows, text.chunks or windows) * text.context
 
 
-def _block_parameters(block: Block) -> int:
-    return sum(w.shape[0] * w.shape[1] for w in block.weights())
-
-
 def resource_blockers(recipe: Recipe, needed: Estimate) -> list[str]:
     blockers = []
     allowed = recipe.device.max_bytes
     if allowed is not None and needed.memory > allowed:
         blockers.append(
-            f"memory: up to {gigabytes(needed.memory)} is needed; --max-memory allows {gigabytes(allowed)}"
+            f"memory: up to {format_size(needed.memory)} needed; --max-memory allows {format_size(allowed)}"
         )
     free = shutil.disk_usage(existing(Path(recipe.output.dir))).free
     if needed.disk > free:
         blockers.append(
-            f"disk: {gigabytes(needed.disk)} is needed at `{recipe.output.dir}`; {gigabytes(free)} is free"
+            f"disk: {format_size(needed.disk)} needed at `{recipe.output.dir}`; {format_size(free)} is free"
         )
     return blockers
 
@@ -116,14 +113,6 @@ def context(checkpoint: Checkpoint) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return DEFAULT_LENGTH
-
-
-def gigabytes(size: int) -> str:
-    """Decimal units, as disks and the Hub count."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size / 1000:.1f} kB"
 
 
 def existing(path: Path) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import TensorSpec
-from quantkit.model.graph import ModelGraph, Weight
+from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
 from quantkit.recipe.plan import TargetPlan
 
@@ -53,11 +53,7 @@ def parameters(checkpoint: Checkpoint, graph: ModelGraph) -> int:
 
 def quantized_parameters(target: TargetPlan) -> int:
     """Parameters that change their representation."""
-    return sum(_size(a.weight) for a in target.quantized())
-
-
-def _size(weight: Weight) -> int:
-    return weight.shape[0] * weight.shape[1]
+    return sum(a.weight.parameters for a in target.quantized())
 
 
 def _copy(checkpoint: Checkpoint, name: str, block: int | None) -> Entry:

@@ -10,8 +10,9 @@ from typing import Any
 
 from quantkit import registry
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.run.estimate import gigabytes
+from quantkit.recipe.sizes import format_size
 from quantkit.run.export import MANIFEST
+from quantkit.run.plan import architecture
 from quantkit.run.table import Table
 
 # quant_method in config.json → the format that reads it
@@ -61,12 +62,12 @@ class Inspection:
 
     def table(self) -> Table:
         method = "not quantized" if self.quantization is None else self.quantization.get("quant_method", "?")
-        title = f"{self.path.name} · {self.architecture} · {method} · {gigabytes(self.size_bytes)}"
+        title = f"{self.path.name} · {self.architecture} · {method} · {format_size(self.size_bytes)}"
         rows = []
         for kind in self.kinds:
             bits = f"{kind.size_bytes * 8 / kind.parameters:.2f}" if kind.parameters else ""
             count = f"{kind.parameters:,}" if kind.parameters is not None else ""
-            rows.append((kind.name, f"{kind.tensors:,}", count, gigabytes(kind.size_bytes), bits))
+            rows.append((kind.name, f"{kind.tensors:,}", count, format_size(kind.size_bytes), bits))
         columns = ("kind", "tensors", "parameters", "size", "bits per weight")
         return Table(title, columns, tuple(rows), tuple(self._notes()))
 
@@ -98,10 +99,9 @@ def inspect(path: Path) -> Inspection:
     config = checkpoint.config.get("quantization_config")
     quantization = config if isinstance(config, dict) else None
     manifest = path / MANIFEST
-    named = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
     return Inspection(
         path=path.resolve(),
-        architecture=str(named[0]),
+        architecture=architecture(checkpoint),
         quantization=quantization,
         kinds=tuple(_kinds(checkpoint, quantization)),
         manifest=json.loads(manifest.read_text("utf-8")) if manifest.is_file() else None,

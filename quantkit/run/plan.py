@@ -20,8 +20,9 @@ from quantkit.hub.fetch import resolve as fetch
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
 from quantkit.recipe.plan import Resolved, TargetPlan, resolve
+from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
-from quantkit.run.estimate import Estimate, context, estimate, existing, gigabytes, resource_blockers
+from quantkit.run.estimate import Estimate, context, estimate, existing, resource_blockers
 from quantkit.run.files import entries, parameters, quantized_parameters
 from quantkit.run.table import Table
 
@@ -68,7 +69,7 @@ class Plan:
             "source": {
                 "id": self.source.requested,
                 "revision": self.source.revision,
-                "architecture": _architecture(self.checkpoint),
+                "architecture": architecture(self.checkpoint),
                 "parameters": parameters(self.checkpoint, self.graph),
                 "size_bytes": sum(t.nbytes for t in self.checkpoint.tensors.values()),
                 "dtype": self.checkpoint.dtype,
@@ -100,9 +101,9 @@ class Plan:
         size = sum(t.nbytes for t in self.checkpoint.tensors.values())
         revision = f" @ {self.source.revision[:7]}" if self.source.revision else ""
         title = (
-            f"{self.source.requested}{revision} · {_architecture(self.checkpoint)}"
+            f"{self.source.requested}{revision} · {architecture(self.checkpoint)}"
             f" · {_count(total)} parameters"
-            f" · {self.checkpoint.dtype} {gigabytes(size)}"
+            f" · {self.checkpoint.dtype} {format_size(size)}"
         )
         rows = []
         notes = [*self.warnings]
@@ -114,7 +115,7 @@ class Plan:
                 (
                     target.name,
                     target.target.method,
-                    gigabytes(self.shards[target.name].total_bytes),
+                    format_size(self.shards[target.name].total_bytes),
                     f"{self.bits_per_weight(target):.2f}",
                     _calibration_cell(target),
                     ", ".join(loads),
@@ -128,8 +129,8 @@ class Plan:
     def _resources(self) -> str:
         free = shutil.disk_usage(existing(Path(self.recipe.output.dir))).free
         text = (
-            f"to make: up to {gigabytes(self.estimate.memory)} memory, {gigabytes(self.estimate.disk)} disk "
-            f"({gigabytes(free)} free)"
+            f"to make: up to {format_size(self.estimate.memory)} memory, "
+            f"{format_size(self.estimate.disk)} disk ({format_size(free)} free)"
         )
         if self.needs_calibration:
             c = self.recipe.calibration
@@ -175,7 +176,8 @@ def _count(parameters: int) -> str:
     return f"{parameters:,}"
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
+def architecture(checkpoint: Checkpoint) -> str:
+    """The class that the model is, as its configuration names it."""
     named = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
     return str(named[0])
 

@@ -28,7 +28,8 @@ class TensorMetrics:
     """One row of the report.
 
     error   relative error: of the output, ‖(Ŵ−W)Xᵀ‖²/‖WXᵀ‖², when a gram was collected; with inputs
-            weighted by mean square when only those are known; of the weights otherwise
+            weighted by mean square when only those are known; of the weights otherwise; on at most
+            _MEASURED_ROWS evenly spaced rows
     metric  which of the three: `output`, `weighted`, `weights`
     """
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.evaluate.scores import Quality
+from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import Gates
-from quantkit.run.estimate import gigabytes
 from quantkit.run.quantize import TensorMetrics
 from quantkit.run.table import Table
 
@@ -96,9 +96,14 @@ class Report:
         rows = []
         measured = next((t.quality for t in self.targets if t.quality), ())
         first = _source_cells(measured[0]) if measured else ("", "", "", "")
-        rows.append((self.source, "–", gigabytes(self.source_bytes), f"{self.source_bpw:.2f}", *first))
+        rows.append((self.source, "–", format_size(self.source_bytes), f"{self.source_bpw:.2f}", *first))
         for target in self.targets:
-            head = (target.name, target.method, gigabytes(target.size_bytes), f"{target.bits_per_weight:.2f}")
+            head = (
+                target.name,
+                target.method,
+                format_size(target.size_bytes),
+                f"{target.bits_per_weight:.2f}",
+            )
             if not target.quality:
                 rows.append((*head, "", "", "", ""))
             for quality in target.quality:

@@ -91,9 +91,9 @@ class Sweep:
         blocks = len(self._blocks)
         done = {t.name: self._store.done(self._plan.keys[t.name], blocks) for t in self._plan.targets}
         start = self._first_block(done)
-        progress.start(sum(_parameters(b) for b in self._blocks), blocks)
+        progress.start(sum(b.parameters for b in self._blocks), blocks)
         for block in self._blocks[:start]:
-            progress.block(block.index, BlockInfo(0.0, _parameters(block)))
+            progress.block(block.index, BlockInfo(0.0, block.parameters))
         if start:
             progress.note(f"continuing at block {start} of {blocks}: everything before it is committed")
         else:
@@ -213,15 +213,16 @@ class Sweep:
         self, held: _Held, block: int, linears: Mapping[str, Sequence[QuantizedLinear]]
     ) -> None:
         """Every target's own rows through its quantized block."""
-        for target in self._plan.targets:
-            key = self._plan.keys[target.name]
-            own = [rows for stream, rows in self._plan.stream_rows() if stream == key]
+        # targets that differ in their format alone have one key, the same codes and one stream
+        by_stream = {self._plan.keys[target.name]: target for target in self._plan.targets}
+        for key, target in by_stream.items():
+            own = {rows.name: rows for stream, rows in self._plan.stream_rows() if stream == key}
             if not own:
                 continue
             by_key = {linear.name: linear for linear in linears[target.name]}
             quantized = Dequantized(by_key, self._runtime.dtype, self._runtime.device)
             with held.get().replaced(quantized) as loaded:
-                for rows in own:
+                for rows in own.values():
                     self._streams.advance(block, key, rows, loaded.run)
 
 
@@ -238,10 +239,6 @@ def _needs(sites: Sequence[Site], targets: Sequence[TargetPlan]) -> dict[str, Ne
                 need |= target.needs
         union[site.id] = need
     return union
-
-
-def _parameters(block: Block) -> int:
-    return sum(w.shape[0] * w.shape[1] for w in block.weights())
 
 
 def _report(made: Mapping[str, Sequence[Made]], progress: Progress) -> None:
@@ -262,4 +259,4 @@ def _info(block: Block, made: Mapping[str, Sequence[Made]], seconds: float) -> B
             fallbacks += sum(m.note is not None for m in metrics)
     # ru_maxrss counts KiB on Linux
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return BlockInfo(seconds, _parameters(block), errors, rss_bytes=rss, fallbacks=fallbacks)
+    return BlockInfo(seconds, block.parameters, errors, rss_bytes=rss, fallbacks=fallbacks)

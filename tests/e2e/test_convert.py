@@ -22,7 +22,7 @@ from quantkit.run.store import RunStore
 from quantkit.tensors import dequantize
 from tests.e2e.conftest import write_tokenizer
 from tests.e2e.runs import recipe, sums
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_model
 
 GPTQ, RTN, W8 = "gptq:w4g32", "gptq:w4g32@method=rtn", "compressed_tensors:w8"
 
@@ -142,6 +142,20 @@ def test_a_data_free_result_stays_when_a_calibrated_target_joins(
     before = sums(tmp_path, "gptq-w4g32-rtn")
     quantkit.convert(recipe(checkpoint, calibration_text, evaluation_text, tmp_path, RTN, GPTQ))
     assert sums(tmp_path, "gptq-w4g32-rtn") == before
+
+
+def test_two_formats_of_the_same_codes_share_one_result(
+    calibration_text: Path, evaluation_text: Path, tmp_path: Path
+) -> None:
+    """From an fp16 source both formats store fp16 scales, so the targets differ in their files alone."""
+    source = tmp_path / "half"
+    tiny_model("llama").to(torch.float16).save_pretrained(source)
+    write_tokenizer(source)
+    targets = (GPTQ, "compressed_tensors:w4g32")
+    report = quantkit.convert(recipe(source, calibration_text, evaluation_text, tmp_path / "out", *targets))
+    one, other = report.targets
+    assert len(one.quality) == len(other.quality) == 1
+    assert one.quality == other.quality and one.tensors == other.tensors
 
 
 def test_waves_and_memory_budget_do_not_change_a_byte(
