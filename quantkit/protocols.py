@@ -8,7 +8,7 @@ schemes they accept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.model.graph import Weight
-from quantkit.schemes import Scheme
+from quantkit.schemes import CacheDtype, Convention, Scheme
 from quantkit.tensors import QuantizedLinear, QuantizedTensor
 
 P = TypeVar("P")
@@ -25,18 +25,28 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a method made of one matrix; `note` reports a fallback or a raised damping, else None."""
+    """What a method made of one matrix.
+
+    note   reports a fallback or a raised damping, else None
+    facts  other numbers for the report, by name (`outlier_columns`)
+    """
 
     weight: QuantizedTensor
     note: str | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Quantizer(Protocol[P]):
-    """Chooses codes. Rows of a weight must be independent unless the scheme is per tensor:
-    the sweep stacks the weights of a site and calls `quantize` once."""
+    """Chooses codes. Unless the scheme or the method ties the rows of a weight, the sweep stacks the weights
+    of a site and calls `quantize` once."""
 
     @property
     def needs(self) -> Need: ...
+
+    @property
+    def ties_rows(self) -> bool:
+        """True when other rows beside it may change what becomes of a row."""
+        ...
 
     @property
     def regroups_columns(self) -> bool:
@@ -68,7 +78,9 @@ class Assigned:
 class FormatFacts:
     """All that a format needs for its configuration files.
 
-    linears  module paths of linear layers outside `assigned`, which stay float, see ModelGraph
+    linears   module paths of linear layers outside `assigned`, which stay float, see ModelGraph
+    kv_cache  dtype of the key-value cache that scales are stored for, or None
+    dtype     dtype of the source: what is not quantized has it in the file
     """
 
     assigned: Sequence[Assigned]
@@ -78,6 +90,25 @@ class FormatFacts:
     method: str
     version: str
     linears: Sequence[str] = ()
+    kv_cache: CacheDtype | None = None
+    dtype: str = "bfloat16"
+
+
+class Transform(Protocol):
+    """Rescales the inputs of a site: x is divided, the columns of its weights are multiplied, so that the
+    model computes the same and rounds better. The sweep folds the division into what produced x and
+    proves on real activations that nothing changed."""
+
+    @property
+    def needs(self) -> Need: ...
+
+    def accepts(self, scheme: Scheme) -> str | None:
+        """None, or the reason why this scheme gains nothing from it."""
+        ...
+
+    def factors(self, weight: Tensor, stats: Statistics, scheme: Scheme) -> Tensor | None:
+        """(in,) fp32 positive factors for weight (out, in) fp32, all weights of a site; None: leave it."""
+        ...
 
 
 class Format(Protocol):
@@ -87,7 +118,16 @@ class Format(Protocol):
         """dtype in which this format stores scales for a source of `source_dtype`."""
         ...
 
+    def convention(self, scheme: Scheme) -> Convention:
+        """The symmetric scale that this format's own tools choose, which `scales: container` stands for."""
+        ...
+
     def holds_column_groups(self) -> bool: ...
+
+    def cache_scales(self, attention: str, dtype: CacheDtype) -> tuple[str, str] | None:
+        """Names of the key and value scales, each (1,) in `scale_dtype`, of an attention module; None: the
+        format has no place for them."""
+        ...
 
     def accepts(self, scheme: Scheme, weight: Weight) -> str | None:
         """None, or the reason why this weight cannot be stored."""
@@ -97,8 +137,8 @@ class Format(Protocol):
         """Names, dtypes and shapes of the file tensors that replace the weight, in file order."""
         ...
 
-    def encode(self, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
-        """The file tensors of `layout`, with contents."""
+    def encode(self, linear: QuantizedLinear, scheme: Scheme, dtype: str = "bfloat16") -> dict[str, Tensor]:
+        """The file tensors of `layout`, with contents; dtype is the source's, which readers compute in."""
         ...
 
     def base_name(self, tensor: str) -> str | None:
