@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics, update, zero
+from quantkit.methods import llm_int8
+from quantkit.numerics.grids import span
+from quantkit.numerics.levels import Integers
+from quantkit.numerics.nearest import nearest
+from quantkit.numerics.stored import Plain
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, QuantizedTensor
+from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor
 
 ALL_NEEDS = Need.SQUARES | Need.ABSMAX | Need.ABSSUM | Need.GRAM | Need.SAMPLE
 
@@ -24,6 +29,21 @@ def activations(width: int, tokens: int, rng: torch.Generator) -> Tensor:
 def statistics_of(x: Tensor, need: Need = ALL_NEEDS) -> Statistics:
     """What a site would know after seeing x (tokens, in)."""
     return update(zero(x.shape[1], need, x.device), x)
+
+
+def steps(w: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Codes of w on a grid of integers, which are signed without a zero point."""
+    return Integers(bits, zero is None).codes(w, scale, zero)
+
+
+def absmax(w: Tensor, bits: int, zero: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (…, 1) of integers that span each row of w (…, g), not rounded to any dtype."""
+    return span(w, Integers(bits, not zero), Plain(torch.float32), "absmax")
+
+
+def restore(code: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """What integer codes stand for."""
+    return scale * (code if zero is None else code - zero)
 
 
 def random_affine(shape: tuple[int, int], scheme: Scheme, rng: torch.Generator) -> Affine:
@@ -41,6 +61,28 @@ def random_affine(shape: tuple[int, int], scheme: Scheme, rng: torch.Generator) 
         group=group,
         zero_point=None if scheme.sym else zeros,
     )
+
+
+def random_quantized(shape: tuple[int, int], scheme: Scheme, rng: torch.Generator) -> QuantizedTensor:
+    """A quantized weight of `shape` on any grid: random codes of plain integers, else rounded random weights.
+
+    Their scales are searched, so they are negative where the grid and its file allow it.
+    """
+    inputs = scheme.activations
+    if inputs is not None and inputs.outliers is not None:
+        method = llm_int8.quantizer(llm_int8.Params(report_outliers=False))
+        return method.quantize(torch.randn(shape, generator=rng) * 0.05, None, scheme).weight
+    if scheme.numbers == "int" and not scheme.fractional and scheme.axis == 1:
+        return random_affine(shape, scheme, rng)
+    return nearest(torch.randn(shape, generator=rng) * 0.05, scheme, "mse")
+
+
+def random_linear(name: str, shape: tuple[int, int], scheme: Scheme, rng: torch.Generator) -> QuantizedLinear:
+    """`random_quantized` with a name, and a random scale of its inputs where they are static."""
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    dtype: torch.dtype = getattr(torch, scheme.scale_dtype)
+    inputs = (torch.rand(1, generator=rng) + 0.1).to(dtype) if static else None
+    return QuantizedLinear(name, random_quantized(shape, scheme, rng), inputs)
 
 
 def same(a: QuantizedTensor | Tensor | None, b: QuantizedTensor | Tensor | None) -> bool:

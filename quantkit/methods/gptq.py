@@ -9,7 +9,7 @@ order, no polish), kept by name because people compare and reproduce.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -17,19 +17,22 @@ from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
-from quantkit.numerics import affine, cholesky, feedback, grids
+from quantkit.numerics import cholesky, feedback, grids
 from quantkit.numerics.cholesky import Factor
 from quantkit.numerics.curvature import Curvature, curvature
 from quantkit.numerics.feedback import DynamicGroups, Fit, StaticGroups, round_with_feedback
-from quantkit.numerics.grids import Scales
-from quantkit.numerics.nearest import fit_groups, nearest
+from quantkit.numerics.grids import SCALES, Scales
+from quantkit.numerics.levels import levels_of
+from quantkit.numerics.nearest import Grid, assemble, fit_groups, nearest
 from quantkit.numerics.polish import polish
+from quantkit.numerics.stored import Stored, stored_of
 from quantkit.protocols import Outcome
 from quantkit.schemes import Scheme
 from quantkit.tensors import Affine
 
 SUMMARY = "error feedback on searched scales, calibrated; the default for 2 to 4 bits"
 
+_Fixed = tuple[Tensor, Tensor | None]
 Order = Literal["off", "group_aware", "static", "free"]
 # Elements of a weight worked on at once; rows are independent, so this bounds memory, not quality.
 # On a GPU every column step is a few kernel launches whatever the rows: larger pieces, fewer launches.
@@ -42,7 +45,7 @@ class Params:
     """Parameters of GPTQ.
 
     damp       fraction of the mean diagonal added to the gram before it is factorised
-    scales     `weighted` (searched by importance), `mse` (searched), `absmax`
+    scales     `weighted` (searched by importance), `mse` (searched), or a convention as `absmax`
     act_order  column order: `group_aware` important groups first, important columns first inside them;
                `static` important columns first on scales fixed beforehand; `free` important columns
                first, groups cut in that order, which the file must record (`g_idx`); `off` file order
@@ -59,8 +62,8 @@ class Params:
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
             raise RecipeError(f"gptq: damp must lie between 0 and 1, not {self.damp}")
-        if self.scales not in ("absmax", "mse", "weighted"):
-            raise RecipeError(f"gptq: scales must be absmax, mse or weighted, not {self.scales!r}")
+        if self.scales not in SCALES:
+            raise RecipeError(f"gptq: scales must be one of {', '.join(SCALES)}, not {self.scales!r}")
         if self.act_order not in ("off", "group_aware", "static", "free"):
             raise RecipeError(
                 f"gptq: act_order must be off, group_aware, static or free, not {self.act_order!r}"
@@ -98,6 +101,15 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class _Solved:
+    """Some rows in file order: stored codes (rows, in), fp32 scales and zero points (rows, groups)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Gptq:
     """Quantizer[Prepared]."""
 
@@ -108,11 +120,22 @@ class Gptq:
         return Need.GRAM
 
     @property
+    def ties_rows(self) -> bool:
+        return False
+
+    @property
     def regroups_columns(self) -> bool:
         return self.params.act_order == "free"
 
     def accepts(self, scheme: Scheme) -> str | None:
-        return "gptq solves rows separately; one scale per tensor ties them" if scheme.per_tensor else None
+        if scheme.activations is not None and scheme.activations.outliers is not None:
+            return "LLM.int8 fixes how weights are rounded; use the method llm_int8"
+        if scheme.per_tensor or scheme.tile is not None or scheme.axis == 0:
+            shared = "per tensor" if scheme.per_tensor else "per tile" if scheme.tile else "for many rows"
+            return f"gptq solves rows separately; one scale {shared} ties them; use the method rtn"
+        if self.regroups_columns and not scheme.plain:
+            return "act_order free regroups columns of plain integers only"
+        return None
 
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Prepared:
         if stats is None or stats.gram is None or stats.tokens == 0:
@@ -129,16 +152,22 @@ class Gptq:
     def quantize(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> Outcome:
         if prepared.factor is None:
             return Outcome(nearest(weight, scheme, self.params.scales, prepared.importance), prepared.note)
-        pieces = [self._solve(rows, prepared, prepared.factor, scheme) for rows in _pieces(weight)]
-        zeros = [p.zero_point for p in pieces if p.zero_point is not None]
-        whole = Affine(
-            codes=torch.cat([p.codes for p in pieces]),
-            bits=scheme.bits,
-            scale=torch.cat([p.scale for p in pieces if isinstance(p.scale, Tensor)]),
-            group=scheme.group((weight.shape[0], weight.shape[1])),
-            zero_point=torch.cat(zeros) if zeros else None,
-            column_group=pieces[0].column_group,
-        )
+        stored = stored_of(scheme, weight)
+        width = weight.shape[1]
+        fixed: Grid | None = None
+        # one group per row has the same grid whether it is fitted before or when its first column is met
+        if self.params.act_order == "static" or scheme.nested or (scheme.group_size or width) == width:
+            fixed = fit_groups(weight, scheme, self.params.scales, stored, prepared.importance)
+        pieces = [
+            self._solve(weight[rows], prepared, prepared.factor, scheme, stored, _cut(fixed, rows))
+            for rows in _pieces(weight)
+        ]
+        zeros = [p.zero for p in pieces if p.zero is not None]
+        kept = stored.build(torch.cat([p.scale for p in pieces])) if fixed is None else fixed.kept
+        codes = torch.cat([p.codes for p in pieces])
+        whole = assemble(codes, kept, torch.cat(zeros) if zeros else None, scheme)
+        if self.params.act_order == "free" and isinstance(whole, Affine):
+            whole = replace(whole, column_group=self._column_group(prepared.curvature.order, scheme))
         return Outcome(whole, prepared.note)
 
     def _order(self, diagonal: Tensor, scheme: Scheme) -> Tensor:
@@ -150,57 +179,55 @@ class Gptq:
             case "static" | "free":
                 return feedback.descending(diagonal)
 
-    def _solve(self, weight: Tensor, site: Prepared, factor: Factor, scheme: Scheme) -> Affine:
+    def _solve(
+        self,
+        weight: Tensor,
+        site: Prepared,
+        factor: Factor,
+        scheme: Scheme,
+        stored: Stored,
+        fixed: _Fixed | None,
+    ) -> _Solved:
         """Codes of some rows: feedback on fixed or fitted grids, then the polish."""
-        width, order = weight.shape[1], site.curvature.order
+        width, order, levels = weight.shape[1], site.curvature.order, levels_of(scheme)
         columns = scheme.group_size or width
         w_io = weight.T[order].contiguous()
         position = torch.arange(width, device=weight.device) // columns
-        # one group per row has the same grid whether it is fitted before or when its first column is met
-        if self.params.act_order == "static" or columns == width:
-            scale, zero = fit_groups(weight, scheme, self.params.scales, site.importance)
-            fixed = StaticGroups(scale, zero, position[order])
-            codes_io = round_with_feedback(w_io, factor, fixed, scheme.bits, _BATCH_COLUMNS).codes_io
+        if fixed is not None:
+            scale, zero = fixed
+            known = StaticGroups(scale, zero, position[order])
+            codes_io = round_with_feedback(w_io, factor, known, levels, _BATCH_COLUMNS).codes_io
         else:
-            dynamic = DynamicGroups(self._fit(site, scheme), columns)
+            dynamic = DynamicGroups(self._fit(site, scheme, stored), columns)
             batch = feedback.batch_width(columns, _BATCH_COLUMNS)
-            codes_io = round_with_feedback(w_io, factor, dynamic, scheme.bits, batch).codes_io
+            codes_io = round_with_feedback(w_io, factor, dynamic, levels, batch).codes_io
             scale, zero = dynamic.tables()
-            fixed = StaticGroups(scale, zero, position)
+            known = StaticGroups(scale, zero, position)
         if self.params.polish:
-            polish(codes_io, w_io, site.curvature, fixed, scheme.bits, self.params.polish, _BATCH_COLUMNS)
-        return self._assemble(codes_io, scale, zero, order, scheme)
-
-    def _assemble(
-        self, codes_io: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor, scheme: Scheme
-    ) -> Affine:
-        """Codes and group scales back in file order, with the group of each column when that is free."""
-        width = codes_io.shape[0]
-        columns = scheme.group_size or width
-        column_group = None
-        if columns < width and self.params.act_order == "free":
-            column_group = torch.empty(width, dtype=torch.int32, device=codes_io.device)
-            column_group[order] = (torch.arange(width, device=order.device) // columns).to(torch.int32)
-        elif columns < width and self.params.act_order == "group_aware":
+            polish(codes_io, w_io, site.curvature, known, levels, self.params.polish, _BATCH_COLUMNS)
+        if fixed is None and self.params.act_order == "group_aware":
             met = torch.argsort(order[::columns] // columns)
             scale, zero = scale[:, met], None if zero is None else zero[:, met]
-        codes = torch.empty(codes_io.shape, dtype=affine.code_dtype(scheme.sym), device=codes_io.device)
-        codes[order] = codes_io.to(codes.dtype)
-        return Affine(
-            codes=codes.T.contiguous(),
-            bits=scheme.bits,
-            scale=scale.to(getattr(torch, scheme.scale_dtype)).contiguous(),
-            group=(1, columns),
-            zero_point=None if zero is None else zero.to(torch.uint8).contiguous(),
-            column_group=column_group,
-        )
+        stored_io = levels.stored(codes_io)
+        codes = torch.empty_like(stored_io)
+        codes[order] = stored_io
+        return _Solved(codes.T.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous())
 
-    def _fit(self, site: Prepared, scheme: Scheme) -> Fit:
-        in_order = site.importance[site.curvature.order]
-        dtype = getattr(torch, scheme.scale_dtype)
+    def _column_group(self, order: Tensor, scheme: Scheme) -> Tensor | None:
+        """(in,) group of each column in file order, when groups were cut in processing order."""
+        width = order.shape[0]
+        columns = scheme.group_size or width
+        if columns == width:
+            return None
+        found = torch.empty(width, dtype=torch.int32, device=order.device)
+        found[order] = (torch.arange(width, device=order.device) // columns).to(torch.int32)
+        return found
+
+    def _fit(self, site: Prepared, scheme: Scheme, stored: Stored) -> Fit:
+        in_order, levels = site.importance[site.curvature.order], levels_of(scheme)
 
         def fit(w: Tensor, members: slice) -> tuple[Tensor, Tensor | None]:
-            return grids.choose(w, scheme.bits, scheme.sym, self.params.scales, dtype, in_order[members])
+            return grids.choose(w, levels, stored, self.params.scales, in_order[members])
 
         return fit
 
@@ -210,7 +237,14 @@ def quantizer(params: Params) -> Gptq:
     return Gptq(params)
 
 
-def _pieces(weight: Tensor) -> Iterator[Tensor]:
+def _pieces(weight: Tensor) -> Iterator[slice]:
     rows = max(1, _PIECE[weight.device.type] // weight.shape[1])
     for at in range(0, weight.shape[0], rows):
-        yield weight[at : at + rows]
+        yield slice(at, at + rows)
+
+
+def _cut(grid: Grid | None, rows: slice) -> _Fixed | None:
+    """Scales and zero points of some rows."""
+    if grid is None:
+        return None
+    return grid.scale[rows], None if grid.zero is None else grid.zero[rows]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
-from quantkit.numerics.grids import Scales
+from quantkit.numerics.grids import SCALES, Scales
 from quantkit.numerics.nearest import nearest
 from quantkit.protocols import Outcome
 from quantkit.schemes import Scheme
@@ -18,13 +19,15 @@ SUMMARY = "round to nearest; data-free unless scales are weighted"
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """scales: `absmax` (what most tools do), `mse` (searched), `weighted` (searched, by importance)."""
+    """scales: `container` (the convention of the format's own tools), a convention by name (`absmax`,
+    `half_step`, `full_range`: see `numerics.grids`), `mse` (searched) or `weighted` (by importance)."""
 
-    scales: Scales = "absmax"
+    scales: Literal[Scales, "container"] = "container"
 
     def __post_init__(self) -> None:
-        if self.scales not in ("absmax", "mse", "weighted"):
-            raise RecipeError(f"rtn: scales must be absmax, mse or weighted, not {self.scales!r}")
+        if self.scales not in ("container", *SCALES):
+            known = ", ".join(("container", *SCALES))
+            raise RecipeError(f"rtn: scales must be one of {known}, not {self.scales!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +41,16 @@ class Rtn:
         return Need.SQUARES if self.params.scales == "weighted" else Need.NOTHING
 
     @property
+    def ties_rows(self) -> bool:
+        return False
+
+    @property
     def regroups_columns(self) -> bool:
         return False
 
     def accepts(self, scheme: Scheme) -> str | None:
-        return None
+        mixed = scheme.activations is not None and scheme.activations.outliers is not None
+        return "LLM.int8 fixes how weights are rounded; use the method llm_int8" if mixed else None
 
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Tensor | None:
         if self.needs is Need.NOTHING:
@@ -52,7 +60,8 @@ class Rtn:
         return stats.importance()
 
     def quantize(self, weight: Tensor, prepared: Tensor | None, scheme: Scheme) -> Outcome:
-        return Outcome(nearest(weight, scheme, self.params.scales, prepared))
+        scales = scheme.convention if self.params.scales == "container" else self.params.scales
+        return Outcome(nearest(weight, scheme, scales, prepared))
 
 
 def quantizer(params: Params) -> Rtn:

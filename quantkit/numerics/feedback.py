@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.numerics import affine
 from quantkit.numerics.cholesky import Factor
+from quantkit.numerics.levels import Levels
 
 # (out, g) compensated weights and their positions in processing order → (scale, zero point) as (out, 1)
 Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
@@ -124,7 +124,7 @@ def runs(start: int, end: int, period: int | None) -> Iterator[tuple[int, int]]:
 
 
 def round_with_feedback(
-    w_io: Tensor, factor: Factor, grids: Grids, bits: int, batch_columns: int = 128
+    w_io: Tensor, factor: Factor, grids: Grids, levels: Levels, batch_columns: int = 128
 ) -> Rounded:
     """Round weights (in, out) fp32, each output by itself, in processing order; `factor` is in that order.
 
@@ -155,8 +155,8 @@ def round_with_feedback(
                 k = j - start
                 scale, zero = grids.at(j, compensated)
                 target = w_io[j] + pull[k] / pivots[k]
-                code = affine.steps(target, scale, zero, bits)
-                value = affine.restore(code, scale, zero)
+                code = levels.codes(target, scale, zero)
+                value = levels.units(code, zero) * scale
                 codes_io[j] = code
                 torch.sub(w_io[j], value, out=error_io[j])
                 loss_o += target.sub_(value).mul_(pivots[k]).square_()

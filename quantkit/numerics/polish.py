@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.numerics import affine
 from quantkit.numerics.curvature import Curvature
 from quantkit.numerics.feedback import StaticGroups, runs
+from quantkit.numerics.levels import Levels
 
 # a sweep that gains less than this share of the loss is the last one
 _ENOUGH = 0.002
@@ -23,7 +23,7 @@ def polish(
     w_io: Tensor,
     curvature: Curvature,
     grids: StaticGroups,
-    bits: int,
+    levels: Levels,
     sweeps: int,
     batch_columns: int = 128,
 ) -> None:
@@ -33,7 +33,7 @@ def polish(
     share one update of M: inside a batch only the rows of M still to be read in it are kept current.
     """
     width = codes_io.shape[0]
-    value_io = torch.stack([affine.restore(codes_io[j], *grids.at(j)) for j in range(width)])
+    value_io = torch.stack([_value(codes_io[j], *grids.at(j), levels) for j in range(width)])
     m_io = torch.empty_like(w_io)
     for start in range(0, width, batch_columns):
         end = min(start + batch_columns, width)
@@ -50,8 +50,8 @@ def polish(
                 for j in range(first, last):
                     k = j - start
                     scale, zero = grids.at(j)
-                    code = affine.steps(value_io[j] - inside[k] / diagonal[j], scale, zero, bits)
-                    value = affine.restore(code, scale, zero)
+                    code = levels.codes(value_io[j] - inside[k] / diagonal[j], scale, zero)
+                    value = _value(code, scale, zero, levels)
                     torch.sub(value, value_io[j], out=change[k])
                     inside[k + 1 : last - start].addr_(coupling[k, j + 1 : last], change[k])
                     value_io[j] = value
@@ -63,6 +63,10 @@ def polish(
         if before - after < _ENOUGH * before:
             break
         before = after
+
+
+def _value(code: Tensor, scale: Tensor, zero: Tensor | None, levels: Levels) -> Tensor:
+    return levels.units(code, zero) * scale
 
 
 def _loss(value_io: Tensor, w_io: Tensor, m_io: Tensor) -> float:

@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit.numerics import affine, bits, cholesky, feedback, grids
+from quantkit.numerics import bits, cholesky, feedback, grids
 from quantkit.numerics.curvature import curvature
+from quantkit.numerics.levels import Integers
 from quantkit.numerics.nearest import fit_groups, nearest
 from quantkit.numerics.polish import polish
+from quantkit.numerics.stored import Plain, round_scale
 from quantkit.schemes import Scheme
 from quantkit.tensors import dequantize
-from tests.quantized import random_affine
+from tests.quantized import random_affine, restore, steps
 
 FEW = settings(max_examples=40, deadline=None)
 SCHEMES = st.builds(
@@ -67,7 +69,7 @@ def test_rounding_what_is_on_the_grid_changes_nothing(scheme: Scheme, seed: int)
     assert isinstance(q.scale, Tensor)
     scale = q.scale.float().repeat_interleave(q.group[1], 1)
     zero = None if q.zero_point is None else q.zero_point.float().repeat_interleave(q.group[1], 1)
-    assert torch.equal(affine.steps(dequantize(q), scale, zero, q.bits), q.codes.float())
+    assert torch.equal(steps(dequantize(q), scale, zero, q.bits), q.codes.float())
 
 
 @FEW
@@ -94,25 +96,26 @@ def test_scaling_by_a_power_of_two_commutes(
 
 W = torch.randn(4, 16, generator=generator(1))
 GRAM = (lambda x: x.T @ x)(torch.randn(40, 16, generator=generator(2)))
-SCALE, ZERO = grids.minmax(W, 4, torch.float32)
+SCALE, ZERO = grids.minmax(W, 4, Plain(torch.float32))
 CODES = torch.randint(0, 16, (4, 16), generator=generator(3))
 ORDER = torch.randperm(16, generator=generator(5))
 FACTOR = cholesky.factor(curvature(GRAM, 40, shrink=True), 0.01)
 V = torch.rand(16, generator=generator(4))
+F16, U4 = Plain(torch.float16), Integers(4, False)
 GRID = feedback.StaticGroups(SCALE, ZERO, torch.zeros(16, dtype=torch.long))
 
 # every function with its tensors; the ones that say so work in place and get a copy here
 PURE: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]] = {
     "pack": (lambda c: bits.pack(c, 4), (CODES,)),
     "unpack": (lambda c: bits.unpack(c, 4, 16), (bits.pack(CODES, 4),)),
-    "steps": (lambda w, s, z: affine.steps(w, s, z, 4), (W, SCALE, ZERO)),
-    "restore": (affine.restore, (CODES.float(), SCALE, ZERO)),
-    "absmax": (lambda w: grids.absmax(w, 4, torch.float16), (W,)),
-    "minmax": (lambda w: grids.minmax(w, 4, torch.float16), (W,)),
-    "round_scale": (lambda s: grids.round_scale(s, torch.bfloat16), (SCALE,)),
-    "choose": (lambda w, v: grids.choose(w, 4, False, "weighted", torch.float16, v), (W, V)),
-    "choose_sym": (lambda w, v: grids.choose(w, 4, True, "weighted", torch.float16, v), (W, V)),
-    "fit_groups": (lambda w, v: fit_groups(w, Scheme(4, 4), "weighted", v), (W, V)),
+    "steps": (lambda w, s, z: steps(w, s, z, 4), (W, SCALE, ZERO)),
+    "restore": (restore, (CODES.float(), SCALE, ZERO)),
+    "absmax": (lambda w: grids.span(w, Integers(4, True), F16, "absmax"), (W,)),
+    "minmax": (lambda w: grids.minmax(w, 4, F16), (W,)),
+    "round_scale": (lambda s: round_scale(s, torch.bfloat16), (SCALE,)),
+    "choose": (lambda w, v: grids.choose(w, Integers(4, False), F16, "weighted", v), (W, V)),
+    "choose_sym": (lambda w, v: grids.choose(w, Integers(4, True), F16, "weighted", v), (W, V)),
+    "fit_groups": (lambda w, v: fit_groups(w, Scheme(4, 4), "weighted", F16, v).scale, (W, V)),
     "nearest": (lambda w, v: nearest(w, Scheme(4, 4, sym=False), "weighted", v).codes, (W, V)),
     "curvature": (lambda g, o: curvature(g, 40, shrink=True).ordered(o).rows(2, 9), (GRAM, ORDER)),
     "factor": (
@@ -122,11 +125,11 @@ PURE: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]] = {
     "descending": (feedback.descending, (GRAM.diagonal(),)),
     "group_aware": (lambda d: feedback.group_aware(d, 4), (GRAM.diagonal(),)),
     "feedback": (
-        lambda w, r: feedback.round_with_feedback(w, cholesky.Factor(r, None), GRID, 4).codes_io,
+        lambda w, r: feedback.round_with_feedback(w, cholesky.Factor(r, None), GRID, U4).codes_io,
         (W.T.contiguous(), FACTOR.reversed_lower),
     ),
     "polish": (
-        lambda c, w, g: polish(c.clone(), w, curvature(g, 40, shrink=True), GRID, 4, 2),
+        lambda c, w, g: polish(c.clone(), w, curvature(g, 40, shrink=True), GRID, U4, 2),
         (CODES.T.float().contiguous(), W.T.contiguous(), GRAM),
     ),
 }

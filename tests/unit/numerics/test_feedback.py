@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.numerics import affine, feedback, grids
+from quantkit.numerics import feedback
 from quantkit.numerics.cholesky import Factor, factor
 from quantkit.numerics.curvature import curvature
 from quantkit.numerics.feedback import DynamicGroups, StaticGroups, batch_width, round_with_feedback
-from tests.quantized import activations
+from quantkit.numerics.levels import Integers
+from tests.quantized import absmax, activations, steps
+
+W4, U4 = Integers(4, True), Integers(4, False)
+W3 = Integers(3, True)
 
 # The worked cases follow the published loop: e_j = (w_j − q_j) / U_jj, then w_k −= e_j·U_jk for k > j, with
 # H⁻¹ = Uᵀ·U. In this factor column j only touches column j + 1. The code is given R = U⁻¹.
@@ -37,7 +41,7 @@ def test_a_2_by_4_case_by_hand() -> None:
     w = torch.tensor([[0.6, 0.6, 0.6, 0.6], [1.4, -0.6, 2.55, -1.3]])
     for batch in (1, 2, 3, 4, 128):
         w_io = w.T.contiguous()
-        found = round_with_feedback(w_io, factor_of(UPPER), one_grid(2, 4), 4, batch)
+        found = round_with_feedback(w_io, factor_of(UPPER), one_grid(2, 4), W4, batch)
         assert found.codes_io.T.tolist() == [[1, 1, 1, 1], [1, -1, 2, -2]]
         torch.testing.assert_close(found.loss_o, torch.tensor([0.42, 1.185]))
         assert torch.equal(w_io, w.T)
@@ -55,10 +59,10 @@ def test_groups_are_fitted_on_compensated_weights_by_hand() -> None:
 
     def fit(group: Tensor, members: slice) -> tuple[Tensor, None]:
         seen.append((members.start, members.stop))
-        return grids.absmax(group, 3, torch.float32), None
+        return absmax(group, 3)[0], None
 
     groups = DynamicGroups(fit, 2)
-    found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, 3, batch_width(2, 128))
+    found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, W3, batch_width(2, 128))
     assert seen == [(0, 2), (2, 4)]
     assert found.codes_io.T.tolist() == [[3, 1, 3, 0], [-3, 1, 1, 3]]
     scale, zero = groups.tables()
@@ -79,7 +83,7 @@ def test_act_order_by_hand() -> None:
     upper = torch.eye(4) + torch.diag(torch.full((3,), 0.5), 1)
     w = torch.tensor([[-0.2, 0.6, 3.2, 2.6]])
     static = StaticGroups(torch.tensor([[1.0, 2.0]]), None, torch.tensor([0, 0, 1, 1])[order])
-    found = round_with_feedback(w.T[order].contiguous(), factor_of(upper), static, 4)
+    found = round_with_feedback(w.T[order].contiguous(), factor_of(upper), static, W4)
     assert found.codes_io.flatten().tolist() == [1, 1, 1, -1]
     torch.testing.assert_close(found.loss_o, torch.tensor([1.6]))
 
@@ -116,7 +120,7 @@ def published(
     for j in range(width):
         if j % group == 0:
             scales.append(fit(w[:, j : j + group], slice(j, j + group))[0][:, 0])
-        codes[:, j] = affine.steps(w[:, j], scales[-1], None, bits)
+        codes[:, j] = steps(w[:, j], scales[-1], None, bits)
         error = (w[:, j] - codes[:, j] * scales[-1]) / upper[j, j]
         w[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
         loss += error.square()
@@ -134,7 +138,7 @@ def test_codes_scales_and_loss_are_those_of_the_published_loop(group: int, rng: 
     codes, scales, loss = published(w, upper, fit, group, 4)
     for batch in (batch_width(group, 12), batch_width(group, 128)):
         groups = DynamicGroups(fit, group)
-        found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, 4, batch)
+        found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, W4, batch)
         assert torch.equal(found.codes_io.T, codes)
         torch.testing.assert_close(groups.tables()[0], scales)
         torch.testing.assert_close(found.loss_o, loss)
@@ -143,9 +147,9 @@ def test_codes_scales_and_loss_are_those_of_the_published_loop(group: int, rng: 
 def test_the_reported_loss_is_the_quadratic_form(rng: torch.Generator) -> None:
     w, gram, _ = instance(rng)
     factored = factor(curvature(gram.float(), 1, shrink=False), 0.0)
-    scale = grids.absmax(w.float(), 4, torch.float32)
+    scale = absmax(w.float(), 4)[0]
     grid = StaticGroups(scale, None, torch.zeros(24, dtype=torch.long))
-    found = round_with_feedback(w.T.float().contiguous(), factored, grid, 4, 8)
+    found = round_with_feedback(w.T.float().contiguous(), factored, grid, W4, 8)
     delta = (found.codes_io.T * scale).double() - w
     expected = torch.einsum("oi,ij,oj->o", delta, gram, delta)
     assert float(((found.loss_o - expected) / expected).abs().max()) < 1e-5
@@ -155,17 +159,17 @@ def test_with_a_diagonal_gram_feedback_is_rounding(rng: torch.Generator) -> None
     w = torch.randn(6, 20, generator=rng)
     diagonal = torch.rand(20, generator=rng) + 0.1
     found_factor = factor(curvature(torch.diag(diagonal), 1, shrink=False), 0.01)
-    scale = grids.absmax(w, 3, torch.float32)
+    scale = absmax(w, 3)[0]
     grid = StaticGroups(scale, None, torch.zeros(20).long())
-    found = round_with_feedback(w.T.contiguous(), found_factor, grid, 3, 8)
-    assert torch.equal(found.codes_io.T, affine.steps(w, scale, None, 3))
+    found = round_with_feedback(w.T.contiguous(), found_factor, grid, W3, 8)
+    assert torch.equal(found.codes_io.T, steps(w, scale, None, 3))
 
 
 def test_lazy_batches_change_nothing(rng: torch.Generator) -> None:
     w, _, upper = instance(rng, width=40)
     grid = one_grid(5, 40, 0.3)
     results = [
-        round_with_feedback(w.T.contiguous(), factor_of(upper), grid, 4, batch) for batch in (1, 7, 40, 128)
+        round_with_feedback(w.T.contiguous(), factor_of(upper), grid, W4, batch) for batch in (1, 7, 40, 128)
     ]
     for other in results[1:]:
         assert torch.equal(other.codes_io, results[0].codes_io)
@@ -176,10 +180,12 @@ def test_asymmetric_groups_use_their_zero_points(rng: torch.Generator) -> None:
     w, gram, upper = instance(rng, width=8)
 
     def fit(group: Tensor, members: slice) -> tuple[Tensor, Tensor | None]:
-        return grids.minmax(group.float(), 4, torch.float32)
+        return absmax(group.float(), 4, zero=True)
 
     groups = DynamicGroups(fit, 4)
-    found = round_with_feedback(w.T.contiguous(), factor_of(upper), groups, 4, batch_width(4, 128))
+    found = round_with_feedback(
+        w.T.contiguous(), factor_of(upper), groups, Integers(4, False), batch_width(4, 128)
+    )
     scale, zero = groups.tables()
     assert zero is not None
     codes = found.codes_io.T.view(5, 2, 4)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from quantkit.numerics.grids import Scales, span
+from quantkit.numerics.levels import levels_of
 from quantkit.numerics.nearest import fit_groups, nearest
-from quantkit.schemes import Scheme
-from quantkit.tensors import dequantize
+from quantkit.numerics.stored import stored_of
+from quantkit.schemes import Scheme, parse_scheme
+from quantkit.tensors import Affine, Codebook, Float, dequantize
 
 
 def test_groups_of_two_by_hand() -> None:
@@ -61,6 +66,88 @@ def test_importance_reaches_the_right_columns(rng: torch.Generator) -> None:
 def test_fit_groups_has_a_scale_per_group(rng: torch.Generator) -> None:
     w = torch.randn(6, 32, generator=rng)
     for scheme, size in ((Scheme(4, 8), (6, 4)), (Scheme(4), (6, 1)), (Scheme(4, per_tensor=True), (1, 1))):
-        scale, zero = fit_groups(w, scheme, "mse", None)
-        assert scale.shape == size
-        assert zero is None
+        grid = fit_groups(w, scheme, "mse", stored_of(scheme, w), None)
+        assert grid.scale.shape == size
+        assert grid.zero is None
+
+
+def test_a_weight_of_the_documentation() -> None:
+    """0.1 in [−3.0, 3.2] at 8 bits: absmax 4 and back 0.1008; with a zero point −3 … 3.2 is 255 steps."""
+    w = torch.tensor([[-3.0, 0.1, 3.2]])
+    q = nearest(w, Scheme(8, scale_dtype="float32"), "absmax")
+    assert isinstance(q, Affine) and q.codes.tolist() == [[-119, 4, 127]]
+    assert float(dequantize(q)[0, 1]) == pytest.approx(0.1008, abs=5e-5)
+    q = nearest(w, Scheme(8, sym=False, scale_dtype="float32"), "absmax")
+    assert isinstance(q, Affine) and isinstance(q.scale, torch.Tensor) and q.zero_point is not None
+    assert float(q.scale) == pytest.approx(6.2 / 255) and q.zero_point.tolist() == [[123]]
+    assert q.codes.tolist() == [[0, 127, 255]]
+    assert float(dequantize(q)[0, 1]) == pytest.approx(0.0973, abs=5e-5)
+
+
+def brute_force(w: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Nearest points, group by group in a loop, scales that span the group."""
+    out, width = w.shape
+    found, levels = torch.empty_like(w), levels_of(scheme)
+    if scheme.axis == 0:
+        apart = out // (scheme.group_size or out)
+        groups = [(slice(o, None, apart), slice(i, i + 1)) for o in range(apart) for i in range(width)]
+    else:
+        rows, columns = scheme.group((out, width))
+        groups = [
+            (slice(o, o + rows), slice(i, i + columns))
+            for o in range(0, out, rows)
+            for i in range(0, width, columns)
+        ]
+    for place in groups:
+        group = w[place].reshape(1, -1)
+        scale, zero = span(group, levels, stored_of(scheme, w), "absmax")
+        found[place] = (levels.units(levels.codes(group, scale, zero), zero) * scale).view(w[place].shape)
+    return found
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_tensor", "fp8_block", "nf4g32", "fp4g32", "mxfp4", "nvfp4"])
+def test_every_grouping_against_a_loop(name: str, rng: torch.Generator) -> None:
+    scheme = replace(parse_scheme(name), scale_dtype="float32")
+    for shape in ((130, 256), (5, 128)):
+        w = torch.randn(shape, generator=rng) * 0.05
+        q = nearest(w, scheme, "absmax")
+        assert q.group == scheme.group(shape)
+        torch.testing.assert_close(dequantize(q), brute_force(w, scheme), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scales", ["absmax", "mse"])
+def test_groups_along_the_outputs(scales: Scales, rng: torch.Generator) -> None:
+    scheme = replace(parse_scheme("w4g8_asymf_axis0"), scale_dtype="float32")
+    w = torch.randn(24, 5, generator=rng)
+    q = nearest(w, scheme, scales)
+    assert isinstance(q, Affine) and isinstance(q.scale, torch.Tensor) and q.row_group is not None
+    assert q.scale.shape == (3, 5) and q.row_group.tolist() == [0, 1, 2] * 8
+    # the same weights, each group a row of its own
+    rows = w.view(8, 3, 5).permute(1, 2, 0).reshape(15, 8)
+    plain = nearest(rows, replace(parse_scheme("w4g8_asymf"), scale_dtype="float32"), scales)
+    expected = dequantize(plain).view(3, 5, 8).permute(2, 0, 1).reshape(24, 5)
+    torch.testing.assert_close(dequantize(q), expected)
+
+
+def test_a_fused_set_shares_the_scale_of_the_tensor(rng: torch.Generator) -> None:
+    w = torch.randn(4, 32, generator=rng)
+    w[3] *= 100
+    q = nearest(w, parse_scheme("nvfp4"), "absmax")
+    assert isinstance(q, Codebook) and isinstance(q.scale, Float) and isinstance(q.scale.scale, torch.Tensor)
+    shared = float(q.scale.scale)
+    assert shared == pytest.approx(float(w.abs().max()) / (448 * 6))
+    # engines store the reciprocal: there and back must be the same number
+    one = torch.ones((), dtype=torch.float32)
+    assert float(one / (one / q.scale.scale)) == shared
+
+
+def test_importance_per_tile_and_along_the_outputs(rng: torch.Generator) -> None:
+    w = torch.randn(40, 128, generator=rng)
+    importance = torch.rand(128, generator=rng) ** 4
+    for name in ("fp8_block", "w3g8_asymf_axis0"):
+        scheme = replace(parse_scheme(name), scale_dtype="float32")
+        plain, found = (
+            float(((dequantize(nearest(w, scheme, scales, importance)) - w).square() * importance).sum())
+            for scales in ("absmax", "weighted")
+        )
+        assert found <= plain * (1 + 1e-6)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.numerics import affine, grids
 from quantkit.numerics.cholesky import factor
 from quantkit.numerics.curvature import Curvature, curvature
 from quantkit.numerics.feedback import StaticGroups, round_with_feedback
+from quantkit.numerics.levels import Integers
 from quantkit.numerics.polish import polish
-from tests.quantized import activations
+from tests.quantized import absmax, activations, restore, steps
+
+W4 = Integers(4, True)
+W3 = Integers(3, True)
 
 
 def loss(w: Tensor, value: Tensor, gram: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def test_one_column_moves_by_hand() -> None:
     w = torch.tensor([[0.4], [0.4]])
     gram = torch.tensor([[2.0, 1.5], [1.5, 2.0]])
     before = loss(w.T, codes.T, gram)
-    polish(codes, w, of(gram), grid_of(torch.ones(1, 1), 2), 4, 1)
+    polish(codes, w, of(gram), grid_of(torch.ones(1, 1), 2), W4, 1)
     assert codes.flatten().tolist() == [1, 0]
     torch.testing.assert_close(before, torch.tensor([1.12], dtype=torch.float64))
     torch.testing.assert_close(loss(w.T, codes.T, gram), torch.tensor([0.32], dtype=torch.float64))
@@ -59,19 +62,19 @@ def test_one_column_moves_by_hand() -> None:
 def test_the_loss_never_grows_whatever_made_the_codes(start: str, sym: bool, rng: torch.Generator) -> None:
     width, out, bits = 40, 6, 3
     w, gram = torch.randn(out, width, generator=rng), gram_of(width, rng)
-    scale, zero = grids.choose(w, bits, sym, "absmax", torch.float32)
-    low, high = affine.limits(bits, sym)
+    scale, zero = absmax(w, bits, zero=not sym)
+    low, high = Integers(bits, sym).limits
     codes = {
         "zeros": torch.zeros(out, width),
-        "nearest": affine.steps(w, scale, zero, bits),
+        "nearest": steps(w, scale, zero, bits),
         "random": torch.randint(low, high + 1, (out, width), generator=rng).float(),
     }[start]
     grid, codes = grid_of(scale, width, zero), codes.T.contiguous()
-    losses = [loss(w, affine.restore(codes.T, scale, zero), gram)]
+    losses = [loss(w, restore(codes.T, scale, zero), gram)]
     for _ in range(3):
-        polish(codes, w.T.contiguous(), of(gram), grid, bits, 1, 16)
+        polish(codes, w.T.contiguous(), of(gram), grid, Integers(bits, sym), 1, 16)
         assert low <= float(codes.min()) and float(codes.max()) <= high
-        losses.append(loss(w, affine.restore(codes.T, scale, zero), gram))
+        losses.append(loss(w, restore(codes.T, scale, zero), gram))
     for before, after in itertools.pairwise(losses):
         assert bool((after <= before * (1 + 1e-6)).all())
     assert float(losses[-1].sum()) < float(losses[0].sum())
@@ -81,8 +84,16 @@ def test_batches_change_nothing(rng: torch.Generator) -> None:
     w, gram = torch.randn(4, 30, generator=rng).double(), gram_of(30, rng).double()
     results = []
     for batch in (1, 7, 30, 128):
-        codes = affine.steps(w, torch.tensor(0.4), None, 3).T.contiguous()
-        polish(codes, w.T.contiguous(), of(gram), grid_of(torch.full((4, 1), 0.4), 30), 3, 3, batch)
+        codes = steps(w, torch.tensor(0.4), None, 3).T.contiguous()
+        polish(
+            codes,
+            w.T.contiguous(),
+            of(gram),
+            grid_of(torch.full((4, 1), 0.4), 30),
+            W3,
+            3,
+            batch,
+        )
         results.append(codes)
     assert all(torch.equal(r, results[0]) for r in results[1:])
 
@@ -91,10 +102,10 @@ def test_no_sweeps_and_an_exact_start_change_nothing(rng: torch.Generator) -> No
     codes = torch.randint(-4, 4, (10, 3), generator=rng).float()
     w, gram = codes * 0.5, gram_of(10, rng)
     polished = codes.clone()
-    polish(polished, w, of(gram), grid_of(torch.full((3, 1), 0.5), 10), 3, 4)
+    polish(polished, w, of(gram), grid_of(torch.full((3, 1), 0.5), 10), W3, 4)
     assert torch.equal(polished, codes)
     w = torch.randn(10, 3, generator=rng)
-    polish(polished, w, of(gram), grid_of(torch.full((3, 1), 0.5), 10), 3, 0)
+    polish(polished, w, of(gram), grid_of(torch.full((3, 1), 0.5), 10), W3, 0)
     assert torch.equal(polished, codes)
 
 
@@ -104,12 +115,12 @@ def test_brute_force_polish_and_feedback_are_ordered(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     width, bits, out = 5, 2, 8
     w, gram = torch.randn(out, width, generator=rng), gram_of(width, rng)
-    scale = grids.absmax(w, bits, torch.float32)
+    scale = absmax(w, bits)[0]
     found = factor(of(gram), 0.01)
     grid = grid_of(scale, width)
-    codes = round_with_feedback(w.T.contiguous(), found, grid, bits).codes_io
+    codes = round_with_feedback(w.T.contiguous(), found, grid, Integers(bits, True)).codes_io
     fed = loss(w, codes.T * scale, gram)
-    polish(codes, w.T.contiguous(), of(gram), grid, bits, 4)
+    polish(codes, w.T.contiguous(), of(gram), grid, Integers(bits, True), 4)
     polished = loss(w, codes.T * scale, gram)
     every = torch.tensor(list(itertools.product(range(-2, 2), repeat=width)), dtype=torch.float32)
     best = torch.stack([loss(w[o], every * scale[o], gram).min() for o in range(out)])
