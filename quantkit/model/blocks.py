@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Cache
 
 from quantkit.errors import UnsupportedError
-from quantkit.model.observe import Observer, Producers, Product, identity
+from quantkit.model.observe import Observer, Product, identity
+from quantkit.model.producers import Producer, Producers
 
 # Attributes in which blocks of one kind differ without being different.
 _COUNTERS = frozenset({"layer_idx", "layer_id", "layer_number", "idx"})
@@ -42,7 +43,7 @@ Visitor = Callable[[int, Tensor, Call], Tensor]
 class Use:
     """A product seen on the meta device; `activation` numbers what fed it, within its block.
 
-    producer   the vector parameter that scaled the activation, None when there is none of its own
+    producer   what scaled the activation, None when that is unknown or noticed elsewhere too
     """
 
     parameter: str
@@ -51,15 +52,17 @@ class Use:
     stride_in: int
     index: int
     activation: int
-    producer: str | None
+    producer: Producer | None
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one run of a block showed: its products in order, and whether it returns a tuple."""
+    """What one run of a block showed: its products in order, whether it returns a tuple, and how often it
+    called scaled dot-product attention."""
 
     uses: tuple[Use, ...]
     returns_tuple: bool
+    attentions: int
 
 
 class Stub(nn.Module):
@@ -167,10 +170,12 @@ def _observed(block: nn.Module, hidden: Tensor, call: Call) -> Trace:
         number = numbers.setdefault(identity(p.x), len(numbers))
         uses.append(Use(p.parameter, p.first, p.last, p.stride_in, p.index, number, producers.of(p.x)))
 
-    with Observer(parameters, seen, producers):
+    observer = Observer(parameters, seen, producers.after)
+    with observer:
         result = block(hidden, *call.args, **call.kwargs)
-    clean = (replace(u, producer=None) if u.producer in producers.spoiled else u for u in uses)
-    return Trace(tuple(clean), isinstance(result, tuple))
+    producers.returned(tree_leaves(result))
+    clean = (replace(u, producer=producers.unspoiled(u.producer)) for u in uses)
+    return Trace(tuple(clean), isinstance(result, tuple), observer.attentions)
 
 
 def check_independent(first: Sequence[Call], second: Sequence[Call]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ from quantkit.errors import UnsupportedError
 from quantkit.model.blocks import Use
 from quantkit.model.graph import Block, ModelGraph, Part, Role, Site, Weight
 from quantkit.model.names import Layout, role_of
+from quantkit.model.producers import Producer
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.tiles import Tile, element, strides
 
 Shapes = Mapping[str, tuple[int, ...]]
-_Feed = tuple[int, int, str | None]  # activation, matrix of a batched product, producer
+_Feed = tuple[int, int, Producer | None]  # activation, matrix of a batched product, producer
 
 
 def build_graph(checkpoint: Checkpoint) -> ModelGraph:
@@ -48,7 +50,7 @@ def graph_of(skeleton: Skeleton, checkpoint: Checkpoint) -> ModelGraph:
         used = {weight.name for site in sites for weight in site.weights}
         kept = tuple(name for name in names if name not in used)
         reasons |= {name: _why_kept(name, shapes[name]) for name in kept if len(shapes[name]) > 1}
-        blocks.append(Block(index, sites, kept))
+        blocks.append(Block(index, sites, kept, trace.attentions))
     outer = _outer(skeleton, shapes)
     outside = {weight.name for weight in outer}
     copied = tuple(name for name, block in home.items() if block is None and name not in outside)
@@ -133,20 +135,25 @@ def _sites(block: Mapping[str, _Tiles], uses: Iterable[Use], shapes: Shapes) -> 
     groups: dict[frozenset[_Feed], list[Weight]] = {}
     for key, weight in weights.items():
         groups.setdefault(frozenset(fed[key]), []).append(weight)
+    made = [{producer for _, _, producer in feeds} for feeds in groups]
+    consumers = Counter(vector for by in made for vector in {p.vector for p in by if p is not None})
     sites = []
-    for feeds, group in groups.items():
+    for group, by in zip(groups.values(), made, strict=True):
         usable = tuple(weight for weight in group if weight.role != "router")
-        if usable:
-            producer = _producer(feeds, block) if len(usable) == len(group) else None
-            sites.append(Site(_site_id(usable), usable, producer))
+        producer = by.pop() if len(by) == 1 and len(usable) == len(group) else None
+        if usable and producer is not None and consumers[producer.vector] == 1:
+            sites.append(_scaled_site(usable, producer, block))
+        elif usable:
+            sites.append(Site(_site_id(usable), usable))
     return tuple(sites)
 
 
-def _producer(feeds: frozenset[_Feed], block: Mapping[str, _Tiles]) -> str | None:
-    """Checkpoint name of the one vector that scaled what fed a site."""
-    names = {name for _, _, name in feeds}
-    name = next(iter(names))
-    return block[name].tiles[0].source if len(names) == 1 and name is not None else None
+def _scaled_site(weights: tuple[Weight, ...], producer: Producer, block: Mapping[str, _Tiles]) -> Site:
+    """A site whose activation is scaled by a vector that nothing else notices."""
+    vector, bias = (
+        None if name is None else block[name].tiles[0].source for name in (producer.vector, producer.bias)
+    )
+    return Site(_site_id(weights), weights, vector, bias, producer.offset)
 
 
 def _weights(tiles: _Tiles, use: Use, shapes: Shapes) -> Iterator[Weight]:

@@ -52,11 +52,19 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Weights fed by one and the same activation. `id` is unique within the model."""
+    """Weights fed by one and the same activation. `id` is unique within the model.
+
+    producer   checkpoint name of the vector (a norm's weight) that scales the activation, (in,); None when
+               there is none, or when anything but the weights of this site would notice a change of it
+    producer_bias     checkpoint name of the vector added afterwards, None without
+    producer_offset   what is added to the vector before it scales: 1 where a norm multiplies by 1 + w
+    """
 
     id: str
     weights: tuple[Weight, ...]
     producer: str | None = None
+    producer_bias: str | None = None
+    producer_offset: float = 0.0
 
     @property
     def width(self) -> int:
@@ -66,11 +74,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder block: its sites in order of use, and the checkpoint tensors that are only copied."""
+    """One decoder block: its sites in order of use, and the checkpoint tensors that are only copied.
+
+    attentions   calls of scaled dot-product attention in one run; 0 where attention is computed otherwise,
+                 and keys and values cannot be seen
+    """
 
     index: int
     sites: tuple[Site, ...]
     kept: tuple[str, ...]
+    attentions: int = 0
 
     @property
     def parameters(self) -> int:

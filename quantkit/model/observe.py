@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-Operands = tuple[Tensor, Tensor]
+Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+Called = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any], Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,113 +42,128 @@ class Product:
     x: Tensor
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, *names: str) -> Any:
-    if len(args) > place:
-        return args[place]
-    return next(kwargs[name] for name in names if name in kwargs)
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """Where a function takes an argument: by position, or under one of some names."""
+
+    position: int
+    names: tuple[str, ...]
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The argument; None when it is left out."""
+        if len(args) > self.position:
+            return args[self.position]
+        return next((kwargs[name] for name in self.names if name in kwargs), None)
+
+    def put(self, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> Arguments:
+        """The same arguments with another value for this one."""
+        if len(args) > self.position:
+            return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+        name = next(name for name in self.names if name in kwargs)
+        return args, {**kwargs, name: value}
 
 
-def _linear(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operands:
-    return _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight").mT
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Which arguments a function multiplies; `linear`: the right one lies (out, in)."""
+
+    left: Argument
+    right: Argument
+    linear: bool = False
 
 
-def _plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operands:
-    return _argument(args, kwargs, 0, "input", "self"), _argument(args, kwargs, 1, "other", "mat2", "mat_b")
-
-
-def _reflected(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operands:
-    return _argument(args, kwargs, 1, "other"), _argument(args, kwargs, 0, "self")
-
-
-def _added(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operands:
-    return (
-        _argument(args, kwargs, 1, "mat1", "batch1"),
-        _argument(args, kwargs, 2, "mat2", "batch2"),
-    )
-
-
+_PLAIN = _Form(Argument(0, ("input", "self")), Argument(1, ("other", "mat2", "mat_b")))
+_ADDED = _Form(Argument(1, ("mat1", "batch1")), Argument(2, ("mat2", "batch2")))
 _GROUPED = (torch._grouped_mm, nn.functional.grouped_mm)
-_PRODUCTS: Mapping[Callable[..., Any], Callable[[Sequence[Any], Mapping[str, Any]], Operands]] = {
-    nn.functional.linear: _linear,
-    torch.matmul: _plain,
-    torch.mm: _plain,
-    torch.bmm: _plain,
-    torch.Tensor.matmul: _plain,
-    torch.Tensor.mm: _plain,
-    torch.Tensor.bmm: _plain,
-    torch.Tensor.__matmul__: _plain,
-    torch.Tensor.__rmatmul__: _reflected,
-    torch.addmm: _added,
-    torch.baddbmm: _added,
-    torch.Tensor.addmm: _added,
-    torch.Tensor.baddbmm: _added,
-    **dict.fromkeys(_GROUPED, _plain),
+PRODUCTS: Mapping[Callable[..., Any], _Form] = {
+    nn.functional.linear: _Form(Argument(0, ("input",)), Argument(1, ("weight",)), linear=True),
+    torch.matmul: _PLAIN,
+    torch.mm: _PLAIN,
+    torch.bmm: _PLAIN,
+    torch.Tensor.matmul: _PLAIN,
+    torch.Tensor.mm: _PLAIN,
+    torch.Tensor.bmm: _PLAIN,
+    torch.Tensor.__matmul__: _PLAIN,
+    torch.Tensor.__rmatmul__: _Form(Argument(1, ("other",)), Argument(0, ("self",))),
+    torch.addmm: _ADDED,
+    torch.baddbmm: _ADDED,
+    torch.Tensor.addmm: _ADDED,
+    torch.Tensor.baddbmm: _ADDED,
+    **dict.fromkeys(_GROUPED, _PLAIN),
 }
+ATTENTION = nn.functional.scaled_dot_product_attention
 
 
-class Producers:
-    """Which vector (a norm's weight) scaled an activation, if only matrix products use the result.
+@dataclass(frozen=True, slots=True)
+class Multiplication:
+    """A call that multiplies matrices of one known parameter.
 
-    A transform may fold a scale into such a vector; any other consumer would notice, so it spoils it.
+    products   one per matrix
+    x          (…, in) what it multiplies them with
     """
 
-    def __init__(self, vectors: Mapping[str, Tensor]) -> None:
-        self._vectors = {_storage(vector): name for name, vector in vectors.items() if vector.dim() == 1}
-        self._made: dict[tuple[int, int, int], str] = {}
-        self._alive: list[Tensor] = []
-        self.spoiled: set[str] = set()
+    products: tuple[Product, ...]
+    x: Tensor
+    _args: Sequence[Any]
+    _kwargs: Mapping[str, Any]
+    _operand: Argument
+    _turned: bool
 
-    def of(self, x: Tensor) -> str | None:
-        """Name of the vector whose product `x` is, spoiled or not."""
-        return self._made.get(identity(x))
+    @property
+    def apart(self) -> bool:
+        """Every matrix has its own slice of x, not the whole."""
+        return self.products[0].x is not self.x
 
-    def after(self, func: Callable[..., Any], inputs: Sequence[Any], result: Any) -> None:
-        """Note a call that has run: `inputs` are its arguments, flattened."""
-        tensors = [t for t in inputs if isinstance(t, Tensor) and t.dim() > 0]
-        vectors = [self._vectors[_storage(t)] for t in tensors if _storage(t) in self._vectors]
-        made = [self._made[identity(t)] for t in tensors if identity(t) in self._made]
-        whole = isinstance(result, Tensor) and result.dim() > 0
-        if whole and vectors and len(vectors) == len(tensors):
-            self._alive.append(result)
-            self._vectors[_storage(result)] = vectors[0]  # 1 + w, a cast of w
-        elif whole and vectors and func in _SCALINGS:
-            self._alive.append(result)
-            self._made[identity(result)] = vectors[0]
-        elif whole and made and (func.__name__ in _CASTS or (vectors and func.__name__ in _SUMS)):
-            self._alive.append(result)
-            self._made[identity(result)] = made[0]
-        elif made and func not in _PRODUCTS and func.__name__ not in _VIEWS:
-            self.spoiled.update(made)
+    def fed(self, x: Tensor) -> Arguments:
+        """The arguments of the call with another x of the same shape."""
+        return self._operand.put(self._args, self._kwargs, x.mT if self._turned else x)
 
 
-_SCALINGS = (
-    torch.mul,
-    torch.Tensor.mul,
-    torch.Tensor.__mul__,
-    torch.Tensor.__rmul__,
-    torch.layer_norm,
-    torch.rms_norm,
-    nn.functional.layer_norm,
-    nn.functional.rms_norm,
-)
-_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
-_SUMS = ("add", "__add__", "__radd__")
-_VIEWS = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "size", "dim", "__get__")
+class Multiplications:
+    """Recognises calls that multiply one of `parameters`, by the storage a view shares with its parameter."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        # the handle of a storage is valid on meta too
+        self._known = {storage(p): (name, p) for name, p in parameters.items() if p.dim() >= 2}
+
+    def find(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Multiplication | None:
+        """What a call multiplies, None when no known parameter, or nothing but those, is in it."""
+        form = PRODUCTS.get(func)
+        if form is None:
+            return None
+        left, right = form.left.of(args, kwargs), form.right.of(args, kwargs)
+        by_left, by_right = self._known.get(storage(left)), self._known.get(storage(right))
+        if by_right is not None and by_left is None:
+            m = right.mT if form.linear else right
+            products = tuple(_matrices(*by_right, left, m))
+            return Multiplication(products, left, args, kwargs, form.left, _turned=False)
+        if by_left is not None and by_right is None and left.dim() >= 2 and right.dim() >= 2:
+            # (W m)ᵀ = mᵀ Wᵀ: the activation is what stands on the right
+            x = right if form.linear else right.mT
+            products = tuple(_matrices(*by_left, x, left.mT))
+            return Multiplication(products, x, args, kwargs, form.right, _turned=not form.linear)
+        return None
 
 
 class Observer(TorchFunctionMode):
-    """Calls `seen` for every product of a known parameter with an activation, before it is computed."""
+    """Calls `seen` for every product of a known parameter with an activation, before it is computed.
+
+    `called` is told every call of a function after it has run: function, arguments, result.
+    `attentions` counts the calls of scaled dot-product attention.
+    """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         seen: Callable[[Product], None],
-        producers: Producers | None = None,
+        called: Called | None = None,
     ) -> None:
         super().__init__()
-        self._producers = producers
-        # The storage is what a view shares with its parameter; its handle is valid on meta too.
-        self._known = {_storage(p): (name, p) for name, p in parameters.items() if p.dim() >= 2}
+        self.attentions = 0
+        self._called = called
+        self._multiplications = Multiplications(parameters)
         self._seen = seen
 
     def __torch_function__(
@@ -159,28 +174,22 @@ class Observer(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        read = _PRODUCTS.get(func)
-        if read is not None:
-            x, m = read(args, named)
-            for product in self._products(x, m):
-                self._seen(product)
-            if func in _GROUPED and x.is_meta:
-                # The meta kernel takes bf16 only; the real ones take what the model has.
-                return x.new_empty(x.shape[0], m.shape[-1])
+        found = self._multiplications.find(func, args, named)
+        for product in found.products if found is not None else ():
+            self._seen(product)
+        if func in _GROUPED and args[0].is_meta:
+            # The meta kernel takes bf16 only; the real ones take what the model has.
+            x, m = args[:2]
+            return x.new_empty(x.shape[0], m.shape[-1])
+        self.attentions += func is ATTENTION
         result = func(*args, **named)
-        if self._producers is not None:
-            self._producers.after(func, tree_leaves((args, named)), result)
+        if self._called is not None:
+            self._called(func, args, named, result)
         return result
 
-    def _products(self, x: Tensor, m: Tensor) -> Iterator[Product]:
-        found, other = self._known.get(_storage(m)), self._known.get(_storage(x))
-        if found is not None and other is None:
-            yield from _matrices(*found, x, m)
-        elif other is not None and found is None and x.dim() >= 2 and m.dim() >= 2:
-            yield from _matrices(*other, m.mT, x.mT)
 
-
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """Handle of a tensor's storage, which its views share; of live tensors only."""
     handle: int = tensor.untyped_storage()._cdata
     return handle
 
@@ -200,4 +209,4 @@ def _matrices(name: str, parameter: Tensor, x: Tensor, m: Tensor) -> Iterator[Pr
 
 def identity(x: Tensor) -> tuple[int, int, int]:
     """What tells activations apart while they live: storage, offset, width. Models reshape freely."""
-    return _storage(x), int(x.storage_offset()), x.shape[-1]
+    return storage(x), int(x.storage_offset()), x.shape[-1]

@@ -11,7 +11,9 @@ import copy
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from transformers import PretrainedConfig
 from quantkit.checkpoint.reader import Checkpoint, first_nonfinite
 from quantkit.errors import NumericsError, UnsupportedError
 from quantkit.model.blocks import Call, check_independent
+from quantkit.model.emulate import CacheRounding, Emulator, Place, Rounding, Roundings
 from quantkit.model.graph import Block, ModelGraph, Part, Weight
 from quantkit.model.observe import Observer, Product
 from quantkit.model.skeleton import Skeleton, restore_buffers
@@ -28,6 +31,7 @@ from quantkit.model.tiles import Tile, element
 Record = Callable[[str, Tensor], None]
 
 _KEPT_SHAPES = 4
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Runtime:
@@ -107,6 +111,13 @@ class Runtime:
         """
         return self._source.matrix(weight).to(self.device, torch.float32)
 
+    def read_tensor(self, name: str) -> Tensor:
+        """A checkpoint tensor that is in no site (a norm's vector), as it is in the file.
+
+        NumericsError when it holds NaN or infinity.
+        """
+        return self._source.read(name).to(self.device)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, length, vocabulary) logits from the (rows, length, hidden) states after the last block."""
         self._open_end(1)
@@ -172,7 +183,8 @@ class LoadedBlock:
         self._weights = {weight.key: weight for weight in self.block.weights()}
         self._tiles = runtime.skeleton.layout.by_source(self._prefix)
         self._leads = self._find_leads()
-        self._changed: set[str] = set()  # keys whose values are not the checkpoint's
+        # keys of weights and names of kept tensors whose values are not the checkpoint's
+        self._changed: set[str] = set()
         self._meant: set[str] | None = None  # inside `replaced`: those that shall not be
 
     @property
@@ -180,20 +192,45 @@ class LoadedBlock:
         """The block's part of the graph."""
         return self._runtime.graph.blocks[self.index]
 
-    def run(self, hidden: Tensor, record: Record | None = None) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        record: Record | None = None,
+        *,
+        rounding: Mapping[str, Rounding] | None = None,
+        cache: CacheRounding | None = None,
+    ) -> Tensor:
         """(rows, length, hidden) states after the block, from those before it.
 
-        `record` is called with every site's id and its (tokens, in) activations as they are used: once
-        per run for most sites; a site of an expert gets that expert's tokens, or no call without any.
+        `record` is called with every site's id and its (tokens, in) activations as they are used, before they
+        are rounded: once per run for most sites; a site of an expert gets that expert's tokens, or no call
+        without any.
+
+        `rounding` gives by `Weight.key` what the input of a weight goes through before the product, see
+        `emulate.Emulator`; weights it leaves out see their input as it is. `cache` gets the keys and values
+        of attention, after rotary embedding, and returns what attention uses.
+
+        UnsupportedError when weights that the model multiplies at once have different roundings, or when the
+        block computes attention in a way that hides keys and values from `cache` (`Block.attentions` is 0).
         """
         self._restore(self._changed)
-        call = self._runtime._calls_for(hidden.shape[0], hidden.shape[1])[self.index]
-        with torch.no_grad():
-            if record is None:
-                out = self._module(hidden, *call.args, **call.kwargs)
-            else:
-                with Observer(dict(self._module.named_parameters()), self._recorder(record)):
-                    out = self._module(hidden, *call.args, **call.kwargs)
+        shape = hidden.shape[0], hidden.shape[1]
+        call = self._runtime._calls_for(*shape)[self.index]
+        parameters = dict(self._module.named_parameters())
+        emulator = None
+        with torch.no_grad(), ExitStack() as modes:
+            if rounding is not None or cache is not None:
+                roundings = Roundings(self._places, rounding or {})
+                emulator = modes.enter_context(Emulator(parameters, roundings, cache, shape))
+            if record is not None:
+                # entered last, so it sees a call first
+                modes.enter_context(Observer(parameters, self._recorder(record)))
+            out = self._module(hidden, *call.args, **call.kwargs)
+        if cache is not None and emulator is not None and emulator.attentions == 0:
+            raise UnsupportedError(
+                f"block {self.index} hides its keys and values: it calls no scaled dot-product attention",
+                remedy="leave out the kv_cache of the recipe",
+            )
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states
 
@@ -214,10 +251,13 @@ class LoadedBlock:
         return on_disk.mT if _transposed(weight) else on_disk
 
     @contextmanager
-    def replaced(self, new: Mapping[str, Tensor]) -> Iterator[LoadedBlock]:
+    def replaced(
+        self, new: Mapping[str, Tensor], tensors: Mapping[str, Tensor] = _NOTHING
+    ) -> Iterator[LoadedBlock]:
         """Run with other values: `Weight.key` → (out, in) tensor, written in place one by one.
 
         `new` is gone through once, so a mapping that makes each value when asked needs no memory for all.
+        `tensors` are values of other tensors of the block (`Block.kept`), by checkpoint name.
 
         Afterwards the block has the checkpoint's values again. They are read back only when they are
         next needed, so the last replacement of a block costs no reading. Does not nest.
@@ -230,6 +270,9 @@ class LoadedBlock:
                 self._changed.add(key)
                 self._write(self._weights[key], value)
                 self._meant.add(key)
+            for name, value in tensors.items():
+                self._write_kept(name, value)
+                self._meant.add(name)
             yield self
         finally:
             self._meant = None
@@ -239,7 +282,9 @@ class LoadedBlock:
         restored = set(keys).difference(self._meant or ())
         pieces: dict[str, list[Tile]] = {}
         for key in sorted(restored):
-            pieces.setdefault(self._weights[key].name, []).extend(self._pieces(self._weights[key]))
+            weight = self._weights.get(key)
+            name, tiles = (key, self._tiles[key]) if weight is None else (weight.name, self._pieces(weight))
+            pieces.setdefault(name, []).extend(tiles)
         for name, tiles in pieces.items():
             tensor = self._runtime._source.read(name)
             for tile in tiles:
@@ -252,6 +297,16 @@ class LoadedBlock:
         on_disk = value.mT if _transposed(weight) else value
         for tile in self._pieces(weight):
             self._region(tile).copy_(on_disk[_cut(tile)])
+
+    def _write_kept(self, name: str, value: Tensor) -> None:
+        if name not in self.block.kept:
+            raise ValueError(f"`{name}` is not a tensor that block {self.index} keeps")
+        shape = self._runtime._source.shape(name)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"`{name}` has shape {shape}, not {tuple(value.shape)}")
+        self._changed.add(name)
+        for tile in self._tiles[name]:
+            tile.at_runtime(self._value(tile)).copy_(tile.on_disk(value))
 
     def _pieces(self, weight: Weight) -> list[Tile]:
         return [tile.of(weight.part) for tile in self._tiles[weight.name]]
@@ -271,13 +326,27 @@ class LoadedBlock:
         """
         leads: dict[str, list[tuple[int, int, str]]] = {}
         for site in self.block.sites:
-            weight = site.weights[0]
-            tile = self._pieces(weight)[0]
-            name = tile.target.removeprefix(self._prefix)
-            stride = self._region(tile).stride(0 if _transposed(weight) else 1)
-            begin = element(self._values[name].shape, [b for b, _ in tile.put])
-            leads.setdefault(name, []).append((begin, stride, site.id))
+            name, place = self._place(site.weights[0], self._pieces(site.weights[0])[0])
+            leads.setdefault(name, []).append((place.first, place.stride_in, site.id))
         return {name: sorted(found) for name, found in leads.items()}
+
+    @cached_property
+    def _places(self) -> dict[str, list[Place]]:
+        """Parameter → the places of its weights, in storage order."""
+        places: dict[str, list[Place]] = {}
+        for weight in self._weights.values():
+            for tile in self._pieces(weight):
+                name, place = self._place(weight, tile)
+                places.setdefault(name, []).append(place)
+        return {name: sorted(found, key=lambda place: place.first) for name, found in places.items()}
+
+    def _place(self, weight: Weight, tile: Tile) -> tuple[str, Place]:
+        """The parameter that a piece of a weight lies in, and where."""
+        shape = self._value(tile).shape
+        first = element(shape, [begin for begin, _ in tile.put])
+        last = element(shape, [end - 1 for _, end in tile.put])
+        stride = self._region(tile).stride(0 if _transposed(weight) else 1)
+        return tile.target.removeprefix(self._prefix), Place(first, last, stride, weight.key)
 
     def _recorder(self, record: Record) -> Callable[[Product], None]:
         def seen(product: Product) -> None:
@@ -306,6 +375,10 @@ class _Source:
         tensor = self._checkpoint.read(name)
         _check_finite(tensor, name, "")
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a checkpoint tensor."""
+        return self._checkpoint.tensors[name].shape
 
     def matrix(self, weight: Weight) -> Tensor:
         """(out, in) matrix of a weight in its stored dtype; of a stack of experts only the one asked for."""

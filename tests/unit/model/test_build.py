@@ -89,6 +89,43 @@ def test_llama_by_hand(saved: Saved) -> None:
     assert (found.tied, found.dropped, found.reasons) == ({}, {}, {})
 
 
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("gemma3_text", {"q": ("input_layernorm", 1.0), "gate": ("pre_feedforward_layernorm", 1.0)}),
+        ("phi3", {"qkv": ("input_layernorm", 0.0), "gate_up": ("post_attention_layernorm", 0.0)}),
+        ("cohere", {"q": ("input_layernorm", 0.0)}),
+        # olmo2 normalizes what its products return; experts are given rows picked out of the norm's result
+        ("olmo2", {}),
+        ("mixtral", {"q": ("input_layernorm", 0.0)}),
+        ("qwen3_moe", {"q": ("input_layernorm", 0.0)}),
+    ],
+)
+def test_producers(family: str, expected: dict[str, tuple[str, float]], saved: Saved) -> None:
+    block = graph(saved(family)).blocks[1]
+    made = {
+        s.weights[0].role: (s.producer.split(".")[-2], s.producer_offset)
+        for s in block.sites
+        if s.producer is not None
+    }
+    assert made == expected
+    assert all(s.producer_bias is None for s in block.sites)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "starcoder2"])
+def test_a_layer_norm_brings_its_bias(family: str, saved: Saved) -> None:
+    for block in graph(saved(family)).blocks:
+        biases = [s.producer and s.producer.removesuffix("weight") + "bias" for s in block.sites]
+        assert [s.producer_bias for s in block.sites] == biases
+        assert len([bias for bias in biases if bias is not None]) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_seen_where_it_is_a_call(family: str, saved: Saved) -> None:
+    seen = 0 if family in ("gemma2", "gpt_oss") else 1  # Transformers has no SDPA for these
+    assert [block.attentions for block in graph(saved(family)).blocks] == [seen, seen]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_exactly_once(family: str, saved: Saved) -> None:
     checkpoint = Checkpoint.open(saved(family))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from quantkit.model.observe import Observer, Producers, Product, identity
+from quantkit.model.observe import Multiplications, Observer, Product, identity
 
 OUT, IN, TOKENS = 5, 3, 4
 
@@ -90,44 +92,42 @@ def test_results_are_untouched() -> None:
         assert torch.equal(F.linear(x, w), expected)
 
 
-class Norm(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.weight = nn.Parameter(torch.ones(IN))
-        self.bias = nn.Parameter(torch.ones(IN))
-
-    def forward(self, x: Tensor) -> Tensor:
-        match self.kind:
-            case "layer_norm":
-                return F.layer_norm(x, (IN,), self.weight, self.bias)
-            case "llama":
-                return self.weight * x.to(torch.float32)
-            case "gemma":
-                return (x * (1.0 + self.weight.float())).type_as(x)
-            case _:
-                return x * self.weight + self.bias
+def test_calls_of_attention_are_counted() -> None:
+    x = torch.zeros(1, 2, TOKENS, IN)
+    with Observer({}, lambda _product: None) as observer:
+        F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        F.scaled_dot_product_attention(query=x, key=x, value=x)
+    assert observer.attentions == 2
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "llama", "gemma", "hand-written"])
-def test_producers(kind: str) -> None:
-    norm, w = Norm(kind), torch.zeros(OUT, IN)
-    producers = Producers(dict(norm.named_parameters()))
-    names: list[str | None] = []
-    x = torch.zeros(2, TOKENS, IN)
-    with Observer({"w": w}, lambda p: names.append(producers.of(p.x)), producers):
-        F.linear(norm(x), w)
-        F.linear(norm(x).view(-1, IN), w)
-        F.linear(x, w)
-    assert names == ["weight", "weight", None]
-    assert producers.spoiled == set()
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda x, w: F.linear(x, w),
+        lambda x, w: F.linear(input=x, weight=w),
+        lambda x, w: x @ w.T,
+        lambda x, w: torch.addmm(torch.zeros(OUT), x, w.t()),
+        lambda x, w: (w @ x.T).T,
+        lambda x, w: torch.bmm(x[None], w.t()[None])[0],
+        lambda x, w: torch.mm(x, mat2=w.t()),
+        lambda x, w: F.linear(w, x).T,
+    ],
+)
+def test_a_product_can_be_fed_with_another_activation(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, w = torch.rand(TOKENS, IN), torch.rand(OUT, IN)
+    assert torch.allclose(_doubled(lambda: multiply(x, w), w), 2 * x @ w.T)
 
 
-def test_another_consumer_spoils_a_producer() -> None:
-    norm, w = Norm("llama"), torch.zeros(OUT, IN)
-    producers = Producers(dict(norm.named_parameters()))
-    with Observer({"w": w}, lambda _product: None, producers):
-        y = norm(torch.zeros(TOKENS, IN))
-        F.linear(y, w)
-        torch.relu(y)
-    assert producers.spoiled == {"weight"}
+def _doubled(run: Callable[[], Tensor], w: Tensor) -> Tensor:
+    """The result of `run` with every activation that meets `w` doubled."""
+
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = Multiplications({"w": w}).find(func, args, kwargs or {})
+            if found is None:
+                return func(*args, **(kwargs or {}))
+            args, kwargs = found.fed(found.x * 2)
+            return func(*args, **kwargs)
+
+    with Doubling():
+        return run()

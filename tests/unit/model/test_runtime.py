@@ -347,6 +347,79 @@ def test_replaced_restores_after_an_exception(saved: Saved) -> None:
     assert torch.equal(block.run(hidden), before)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "olmo2"])
+def test_a_scale_folded_into_what_produces_an_input_changes_nothing(family: str, saved: Saved) -> None:
+    """The graph is right about producers, their biases and offsets: x/s and W·s give what x and W give."""
+    runtime = open_runtime(saved(family))
+    hidden = runtime.embed(tiny_tokens())
+    for index in range(2):
+        block = runtime.load(index)
+        folded = [site for site in block.block.sites if site.producer is not None]
+        assert folded
+        weights: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}
+        for site in folded:
+            s = torch.rand(site.width, generator=torch.Generator().manual_seed(index)) + 0.5
+            vector = runtime.read_tensor(site.producer or "")
+            vectors[site.producer or ""] = (vector + site.producer_offset) / s - site.producer_offset
+            if site.producer_bias is not None:
+                vectors[site.producer_bias] = runtime.read_tensor(site.producer_bias) / s
+            weights |= {w.key: block.weight(w) * s for w in site.weights}
+        plain = block.run(hidden)
+        with block.replaced(weights, vectors):
+            same = block.run(hidden)
+        for half in ((weights, {}), ({}, vectors)):
+            with block.replaced(*half):
+                assert (block.run(hidden) - plain).norm() > 0.01 * plain.norm()
+        # deepseek picks experts by scores, which move by an ulp; here no choice is that close
+        assert (same - plain).norm() <= 1e-5 * plain.norm()
+        hidden = plain
+
+
+def test_other_tensors_are_replaced_and_restored(saved: Saved) -> None:
+    runtime = open_runtime(saved("gpt2"))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    before = block.run(hidden)
+    name = "transformer.h.0.ln_1.bias"
+    with block.replaced({}, {name: torch.zeros(64)}):
+        changed = block.run(hidden)
+        assert not block._module.get_parameter("ln_1.bias").any()
+    with block.replaced({}, tensors={name: runtime.read_tensor(name)}):
+        assert torch.equal(block.run(hidden), before)
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    assert torch.equal(block.run(hidden), before)
+    with pytest.raises(ZeroDivisionError), block.replaced({}, {name: torch.ones(64)}):
+        raise ZeroDivisionError
+    assert torch.equal(block.run(hidden), before)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"transformer.h.0.ln_1.bias": torch.zeros(2)}, r"has shape \(64,\), not \(2,\)"),
+        ({"transformer.h.1.ln_1.bias": torch.zeros(64)}, "not a tensor that block 0 keeps"),
+        ({"transformer.h.0.mlp.c_fc.weight": torch.zeros(64, 96)}, "not a tensor that block 0 keeps"),
+    ],
+)
+def test_other_tensors_that_do_not_fit(tensors: dict[str, Tensor], message: str, saved: Saved) -> None:
+    block = open_runtime(saved("gpt2")).load(0)
+    with pytest.raises(ValueError, match=message), block.replaced({}, tensors):
+        pass
+
+
+def test_read_tensor_gives_what_the_file_holds(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.input_layernorm.weight"
+    tensors[name] = tensors[name].to(torch.float16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = open_runtime(folder, torch.bfloat16).read_tensor(name)
+    assert torch.equal(found, tensors[name])
+    assert found.dtype == torch.float16
+
+
 # --- memory and damage --------------------------------------------------------
 
 
