@@ -25,12 +25,14 @@ from quantkit.errors import UnsupportedError
 from quantkit.model.graph import Weight
 from quantkit.numerics.bits import pack, packed_width, unpack
 from quantkit.protocols import Assigned, FormatFacts
-from quantkit.schemes import Scheme
+from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
 SUMMARY = "integer weights, 2, 3, 4 or 8 bits, for vLLM, SGLang, ExLlamaV2, transformers"
 DEFAULT_SCHEME = "w4g128"
 PRESETS = ("w2g64", "w3g128", "w4g32", "w4g64", "w4g128", "w4g128_asym", "w8g128", "w4", "w8")
+
+parse = parse_scheme
 
 _BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -49,11 +51,23 @@ class Gptq:
     def scale_dtype(self, source_dtype: str) -> str:
         return "float16"
 
+    def convention(self, scheme: Scheme) -> Convention:
+        # AutoGPTQ's: a zero point in the middle of unsigned codes, so both ends are used
+        return "half_step"
+
     def holds_column_groups(self) -> bool:
         return True
 
+    def cache_scales(self, attention: str, dtype: CacheDtype) -> None:
+        return None
+
     def accepts(self, scheme: Scheme, weight: Weight) -> str | None:
         out, width = weight.shape
+        if not scheme.plain:
+            return (
+                "gptq stores integers with an integer zero point or none, and inputs stay 16-bit; "
+                "compressed_tensors stores floats and rounds inputs, bitsandbytes stores nf4 and int8"
+            )
         if scheme.bits not in _BITS:
             return f"gptq stores 2, 3, 4 or 8 bits, not {scheme.bits}; compressed_tensors stores 2 to 8"
         if scheme.per_tensor:
@@ -75,7 +89,7 @@ class Gptq:
             TensorSpec(f"{base}.g_idx", torch.int32, (width,)),
         )
 
-    def encode(self, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+    def encode(self, linear: QuantizedLinear, scheme: Scheme, dtype: str = "bfloat16") -> dict[str, Tensor]:
         found = plain_grid(linear.weight)
         if found is None:
             raise UnsupportedError(f"gptq cannot store `{linear.name}`: it is not on a plain integer grid")

@@ -1,244 +1,103 @@
-from __future__ import annotations
+"""The front of the format: names, what it accepts, input scales, what it reads of others."""
 
-import hashlib
-import json
-import re
-from typing import Any
+from __future__ import annotations
 
 import pytest
 import torch
 
-from quantkit.errors import UnsupportedError
-from quantkit.formats.compressed_tensors import FORMAT
+from quantkit.errors import RecipeError, UnsupportedError
+from quantkit.formats.compressed_tensors import FORMAT, PRESETS, default_method, parse
 from quantkit.model.graph import Part, Weight
-from quantkit.protocols import Assigned, FormatFacts
-from quantkit.schemes import Scheme
+from quantkit.schemes import Activations, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear
 
-PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-EMBED, HEAD = (
-    Weight("model.embed_tokens.weight", (96, 64), "embed"),
-    Weight("lm_head.weight", (96, 64), "head"),
-)
+CODES = torch.tensor([[-128, 127, 0, 1]], dtype=torch.int8)
+ROW = Affine(CODES, 8, torch.ones(1, 1, dtype=torch.float16), (1, 4))
 
 
-def facts(default: Scheme, changes: dict[str, Scheme | None]) -> FormatFacts:
-    """Two blocks of four weights, all `default` but for `changes` by module."""
-    modules = [f"model.layers.{n}.{part}" for n in range(2) for part in PARTS]
-    assigned = tuple(Assigned(Weight(f"{m}.weight", (64, 64)), changes.get(m, default)) for m in modules)
-    return FormatFacts(assigned, default, (EMBED, HEAD), False, "gptq", "1.2.3")
-
-
-def config(default: Scheme, changes: dict[str, Scheme | None]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(FORMAT.config(facts(default, changes))))
-    return found
-
-
-def sha16(t: torch.Tensor) -> str:
-    return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def encode(q: Affine, scheme: Scheme) -> dict[str, torch.Tensor]:
-    return FORMAT.encode(QuantizedLinear("x.weight", q), scheme)
-
-
-def unsigned(t: torch.Tensor) -> list[int]:
-    return [n & 0xFFFFFFFF for n in t.flatten().tolist()]
-
-
-def test_int4_row_by_hand() -> None:
-    # −8 … −1, 0 … 7 with 8 added are the sixteen hexadecimal digits
-    q = Affine(torch.arange(-8, 8).view(1, 16).to(torch.int8), 4, torch.ones(1, 1), (1, 16))
-    tensors = encode(q, Scheme(4))
-    assert unsigned(tensors["x.weight_packed"]) == [0x76543210, 0xFEDCBA98]
-    assert tensors["x.weight_shape"].tolist() == [1, 16]
-    assert list(tensors) == ["x.weight_packed", "x.weight_scale", "x.weight_shape"]
-
-
-def test_zero_points_are_packed_along_the_outputs_by_hand() -> None:
-    # −8 −1 0 7 1 2 3 4 with 8 added: 0 7 8 F 9 A B C, one word for eight outputs
-    zero = torch.tensor([[0], [7], [8], [15], [9], [10], [11], [12]], dtype=torch.uint8)
-    q = Affine(torch.zeros(8, 8, dtype=torch.uint8), 4, torch.ones(8, 1), (1, 8), zero)
-    found = encode(q, Scheme(4, sym=False))["x.weight_zero_point"]
-    assert found.shape == (1, 1)
-    assert unsigned(found) == [0xCBA9F870]
-
-
-def test_eight_bits_in_groups_by_hand() -> None:
-    q = Affine(torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8), 8, torch.ones(1, 1), (1, 4))
-    assert unsigned(encode(q, Scheme(8, 4))["x.weight_packed"]) == [0xFF807F00]
-
-
-# bits: sha256 of weight_packed and weight_zero_point
-VECTORS = {
-    2: ("1d0ee724c985b516", "ac162410ec68d5d7"),
-    3: ("9d3bcd6121e8a084", "80026a55fec39639"),
-    4: ("a865ea29960e473d", "c93368520cae1e3f"),
-    5: ("9417289f59673964", "09f49f71a84c5e35"),
-    6: ("3df17e5fba475f12", "464c01338f061046"),
-    7: ("1628cd59fa7fcdf5", "f262e18392b73534"),
-    8: ("cccae9f929e612a6", "588fd6822c57f903"),
-}
-
-
-@pytest.mark.parametrize("bits", VECTORS)
-def test_reference_vectors(bits: int) -> None:
-    i, o, g = torch.arange(64), torch.arange(32), torch.arange(2)
-    codes = (7 * i[None] + 3 * o[:, None]) % (1 << bits)
-    zeros = ((5 * g[None] + o[:, None]) % (1 << bits)).to(torch.uint8)
-    scale = torch.ones(32, 2)
-    tensors = encode(Affine(codes.to(torch.uint8), bits, scale, (1, 32), zeros), Scheme(bits, 32, sym=False))
-    assert (sha16(tensors["x.weight_packed"]), sha16(tensors["x.weight_zero_point"])) == VECTORS[bits]
-    signed = (codes - (1 << (bits - 1))).to(torch.int8)
-    tensors = encode(Affine(signed, bits, scale, (1, 32)), Scheme(bits, 32))
-    assert sha16(tensors["x.weight_packed"]) == VECTORS[bits][0]
-    assert "x.weight_zero_point" not in tensors
-
-
-@pytest.mark.parametrize("per_tensor, shape", [(False, (3, 1)), (True, (1,))])
-def test_eight_bits_per_row_or_tensor_are_plain_int8(per_tensor: bool, shape: tuple[int, ...]) -> None:
-    codes = torch.tensor([[-128, 127], [0, 1], [2, 3]], dtype=torch.int8)
-    scale = torch.ones(1, 1) if per_tensor else torch.ones(3, 1)
-    tensors = encode(
-        Affine(codes, 8, scale, (3, 2) if per_tensor else (1, 2)), Scheme(8, per_tensor=per_tensor)
-    )
-    assert torch.equal(tensors["x.weight"], codes)
-    assert tensors["x.weight_scale"].shape == shape
-    assert len(tensors) == 2
-
-
-def test_the_library_itself_packs_the_same_words() -> None:
-    helpers = pytest.importorskip(
-        "compressed_tensors.compressors.pack_quantized.helpers", reason="needs compressed-tensors"
-    )
-    codes = torch.randint(-4, 4, (8, 96), generator=torch.Generator().manual_seed(1)).to(torch.int8)
-    for bits in (3, 4, 8):
-        q = Affine(codes, bits, torch.ones(8, 3), (1, 32))
-        assert torch.equal(encode(q, Scheme(bits, 32))["x.weight_packed"], helpers.pack_to_int32(codes, bits))
-
-
-def test_config_of_one_scheme() -> None:
-    found = config(Scheme(4, 128), {})
-    # anything but "compressed" makes transformers run on random weights
-    assert found["quantization_status"] == "compressed"
-    assert found["quant_method"] == "compressed-tensors"
-    assert found["format"] == "pack-quantized"
-    assert found["ignore"] == ["lm_head"]
-    (group,) = found["config_groups"].values()
-    assert group["targets"] == ["Linear"]
-    assert group["format"] == "pack-quantized"
-    assert group["input_activations"] is None and group["output_activations"] is None
-    expected = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-    assert group["weights"].items() >= (expected | {"dynamic": False, "actorder": None}).items()
+@pytest.mark.parametrize("name", PRESETS)
+def test_our_names_mean_what_they_mean_everywhere(name: str) -> None:
+    assert parse(name) == parse_scheme(name)
 
 
 @pytest.mark.parametrize(
-    "scheme, strategy, layout",
+    "text, expected",
     [
-        (Scheme(8), "channel", "int-quantized"),
-        (Scheme(8, per_tensor=True), "tensor", "int-quantized"),
-        (Scheme(4), "channel", "pack-quantized"),
-        (Scheme(8, 128), "group", "pack-quantized"),
-        (Scheme(3, 64, sym=False), "group", "pack-quantized"),
+        ("w4a16", "w4g128"),
+        ("W4A16_ASYM", "w4g128_asym"),
+        (" W8A16 ", "w8g128"),
+        ("w3a16", "w3g128"),
+        ("W8A8", "w8a8"),
+        ("int8", "w8a8"),
+        ("FP8_DYNAMIC", "fp8a8"),
+        ("fp8_static", "fp8a8_tensor_static"),
+        ("NVFP4A16", "nvfp4"),
+        ("mxfp4a16", "mxfp4"),
     ],
 )
-def test_strategies_and_layouts(scheme: Scheme, strategy: str, layout: str) -> None:
-    found = config(scheme, {})
-    (group,) = found["config_groups"].values()
-    assert group["weights"]["strategy"] == strategy
-    assert group["weights"]["group_size"] == scheme.group_size
-    assert group["weights"]["symmetric"] == scheme.sym
-    assert found["format"] == group["format"] == layout
+def test_names_of_llm_compressor(text: str, expected: str) -> None:
+    assert parse(text) == parse_scheme(expected)
 
 
-def test_the_library_itself_accepts_the_config() -> None:
-    library = pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
-    for scheme in (Scheme(4, 128), Scheme(8), Scheme(8, per_tensor=True), Scheme(3, 32, sym=False)):
-        found = config(scheme, {"model.layers.0.mlp.up_proj": Scheme(8, 32)})
-        library.QuantizationConfig.model_validate(found)
+def test_names_without_inputs_are_of_weights_alone() -> None:
+    for name in ("fp8", "fp8_block", "nvfp4", "mxfp4"):
+        assert parse(name).activations is None
 
 
-def chosen(found: dict[str, Any], module: str) -> list[str]:
-    """Names of the groups that a reader applies to a module, which is nn.Linear."""
-
-    def hits(name: str) -> bool:
-        return re.match(name[3:], module) is not None if name.startswith("re:") else name == module
-
-    if any(hits(name) for name in found["ignore"]):
-        return []
-    groups = found["config_groups"].items()
-    return [n for n, g in groups if any(t == "Linear" or hits(t) for t in g["targets"])]
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(RecipeError, match="unknown scheme 'w4a17'"):
+        parse("w4a17")
 
 
-def test_kept_weights_are_ignored_by_full_name() -> None:
-    kept: dict[str, Scheme | None] = {"model.layers.1.mlp.down_proj": None}
-    found = config(Scheme(4, 64), kept)
-    assert found["ignore"] == ["lm_head", "model.layers.1.mlp.down_proj"]
-    assert chosen(found, "model.layers.1.mlp.down_proj") == []
-    assert len(chosen(found, "model.layers.0.mlp.down_proj")) == 1
-
-
-def test_mixed_schemes_get_a_group_each_with_its_own_format() -> None:
-    given = facts(
-        Scheme(4, 64),
-        {
-            "model.layers.0.mlp.up_proj": Scheme(8),
-            "model.layers.1.mlp.up_proj": Scheme(3, 64),
-            "lm_head": None,
-        },
-    )
-    found = dict(FORMAT.config(given))
-    assert found["format"] == "mixed-precision"
-    layouts = {g["weights"]["num_bits"]: g["format"] for g in found["config_groups"].values()}
-    assert layouts == {4: "pack-quantized", 8: "int-quantized", 3: "pack-quantized"}
-    for a in given.assigned:
-        (name,) = chosen(found, a.weight.module)
-        assert a.scheme is not None
-        assert found["config_groups"][name]["weights"]["num_bits"] == a.scheme.bits
-    assert chosen(found, "lm_head") == []
-
-
-def test_schemes_of_one_layout_keep_its_name() -> None:
-    found = config(Scheme(4, 64), {"model.layers.0.mlp.up_proj": Scheme(8, 64)})
-    assert found["format"] == "pack-quantized"
-    assert len(found["config_groups"]) == 2
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
-def test_narrow_rows_are_read_with_the_bits_of_the_config(bits: int, rng: torch.Generator) -> None:
-    """Below 32 codes several widths take the same number of words."""
-    codes = torch.randint(0, 1 << bits, (4, 8), generator=rng).to(torch.uint8)
-    zero = torch.zeros(4, 1, dtype=torch.uint8)
-    scheme = Scheme(bits, sym=False)
-    tensors = encode(Affine(codes, bits, torch.ones(4, 1), (1, 8), zero), scheme)
-    found = FORMAT.decode("x.weight", tensors, config(scheme, {})).weight
-    assert isinstance(found, Affine)
-    assert found.bits == bits and torch.equal(found.codes, codes)
-
-
-def test_words_that_fit_no_width_are_refused() -> None:
-    tensors = {
-        "x.weight_packed": torch.zeros(4, 77, dtype=torch.int32),
-        "x.weight_scale": torch.ones(4, 1),
-        "x.weight_shape": torch.tensor([4, 64]),
-    }
-    with pytest.raises(UnsupportedError, match="77 words for 64 codes"):
-        FORMAT.decode("x.weight", tensors, config(Scheme(4), {}))
+@pytest.mark.parametrize(
+    "name, method",
+    [("w8", "rtn"), ("w8a8", "rtn"), ("fp8a8_block", "rtn"), ("nvfp4", "gptq"), ("w3g128", "gptq")],
+)
+def test_what_8_bits_lose_is_not_worth_a_calibration(name: str, method: str) -> None:
+    assert default_method(parse(name)) == method
 
 
 @pytest.mark.parametrize(
     "scheme, part, reason",
     [
         (Scheme(4, per_tensor=True), None, "8 bits only"),
-        (Scheme(8, sym=False), None, "leave out _asym"),
+        (Scheme(8, sym=False), None, "leave out _asym or add a group size"),
         (Scheme(4, 48), None, "not a multiple of 48"),
         (Scheme(4), Part(expert=0), "stack of experts"),
         (Scheme(4), Part(transposed=True), "Conv1D"),
+        (parse_scheme("nf4"), None, "use mxfp4 or nvfp4"),
+        (parse_scheme("fp4g128"), None, "no table for fp4"),
+        (parse_scheme("w4g64_asymf"), None, "use _asym"),
+        (parse_scheme("w4g32_asym_axis0"), None, "leave out _axis0"),
+        (parse_scheme("w8a8_mixed"), None, "use w8a8"),
+        (parse_scheme("w4a8g32"), None, "leave out a8"),
+        (parse_scheme("w8a8g32"), None, "leave out the group size"),
+        (parse_scheme("w8a8_asym"), None, "leave out _asym"),
+        (parse_scheme("w8a8_tensor_asym"), None, "leave out _asym"),
+        (parse_scheme("fp8a8_block_static"), None, "use fp8a8_block"),
+        (Scheme(8, numbers="fp8", activations=Activations(group_size=128)), None, "use fp8a8_block"),
+        (parse_scheme("fp8_block"), None, "use fp8 with one scale per row"),
+        (parse_scheme("fp8a8_block"), None, "in_features is 96, not a multiple of 128"),
     ],
+    ids=lambda value: value.name if isinstance(value, Scheme) else None,
 )
 def test_what_cannot_be_stored(scheme: Scheme, part: Part | None, reason: str) -> None:
-    found = FORMAT.accepts(scheme, Weight("x.weight", (64, 64), "other", part))
+    found = FORMAT.accepts(scheme, Weight("x.weight", (64, 64 if scheme.tile is None else 96), "other", part))
     assert found is not None and reason in found
+    assert len(found) > 20 and not found.endswith(".")
+
+
+@pytest.mark.parametrize(("name", "width"), [("mxfp4", 48), ("nvfp4", 24)])
+def test_4_bit_floats_need_whole_groups(name: str, width: int) -> None:
+    found = FORMAT.accepts(parse_scheme(name), Weight("x.weight", (64, width)))
+    assert found is not None and f"in_features is {width}, not a multiple of" in found
+
+
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "w8a8_tensor", "w8a8_tensor_static", "fp8a8_tensor", "fp8_static"]
+)
+def test_what_can_be_stored(name: str) -> None:
+    assert FORMAT.accepts(parse(name), Weight("x.weight", (96, 256))) is None
 
 
 def test_scales_are_stored_in_the_dtype_of_the_model() -> None:
@@ -248,11 +107,41 @@ def test_scales_are_stored_in_the_dtype_of_the_model() -> None:
     assert FORMAT.side_files({}) == {}
 
 
-def test_engines() -> None:
-    assert FORMAT.engines(facts(Scheme(4, 128), {})) == (("transformers", "vLLM", "SGLang"), ())
-    loads, notes = FORMAT.engines(facts(Scheme(8), {}))
-    assert loads == ("transformers",) and "w8g128" in notes[0]
-    loads, notes = FORMAT.engines(facts(Scheme(4, 128, sym=False), {}))
-    assert "SGLang" not in loads and any("dequantize=True" in note for note in notes)
-    loads, notes = FORMAT.engines(facts(Scheme(3, 128), {}))
-    assert any("0.18" in note for note in notes)
+def test_the_largest_weight_lies_half_a_step_past_the_last_code() -> None:
+    assert FORMAT.convention(parse_scheme("w4g128")) == "half_step"
+    assert FORMAT.convention(parse_scheme("fp8")) == "absmax"
+
+
+def test_cache_scales_lie_in_the_attention() -> None:
+    found = FORMAT.cache_scales("model.layers.3.self_attn", "fp8")
+    assert found == ("model.layers.3.self_attn.k_scale", "model.layers.3.self_attn.v_scale")
+    assert all(FORMAT.base_name(name) is None for name in found)
+
+
+def test_a_static_scale_of_the_inputs_is_stored_and_read() -> None:
+    scheme, scale = parse_scheme("w8a8_static"), torch.tensor([0.5], dtype=torch.float16)
+    tensors = FORMAT.encode(QuantizedLinear("a.x.weight", ROW, scale), scheme)
+    assert list(tensors) == ["a.x.weight", "a.x.weight_scale", "a.x.input_scale"]
+    planned = FORMAT.layout(Weight("a.x.weight", (1, 4)), scheme)
+    assert [(s.name, s.dtype, s.shape) for s in planned] == [
+        (n, t.dtype, tuple(t.shape)) for n, t in tensors.items()
+    ]
+    assert FORMAT.base_name("a.x.input_scale") == "a.x.weight"
+    found = FORMAT.decode("a.x.weight", tensors, {"config_groups": {}})
+    assert found.input_scale is not None and torch.equal(found.input_scale, scale)
+
+
+@pytest.mark.parametrize(
+    "name, scale", [("w8a8_static", None), ("w8a8", torch.ones(1)), ("w8", torch.ones(1))]
+)
+def test_a_scale_of_the_inputs_too_many_or_too_few_is_refused(name: str, scale: torch.Tensor | None) -> None:
+    with pytest.raises(UnsupportedError, match=r"`x\.weight` as w8.* of its inputs"):
+        FORMAT.encode(QuantizedLinear("x.weight", ROW, scale), parse_scheme(name))
+
+
+@pytest.mark.parametrize("part", ["weight_g_idx", "input_global_scale"])
+def test_parts_that_change_the_meaning_are_not_ignored(part: str) -> None:
+    tensors = {"x.weight": CODES, "x.weight_scale": torch.ones(1, 1), f"x.{part}": torch.ones(4)}
+    assert FORMAT.base_name(f"x.{part}") == "x.weight"
+    with pytest.raises(UnsupportedError, match=f"`x.{part}` changes what `x.weight` means"):
+        FORMAT.decode("x.weight", tensors, {"config_groups": {}})
