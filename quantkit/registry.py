@@ -1,4 +1,4 @@
-"""The folder is the registry: a method is ``quantkit/methods/<name>.py``, a format likewise.
+"""The folder is the registry: a method is ``quantkit/methods/<name>.py``; formats and transforms likewise.
 
 Finding a plugin is an import, listing them is a directory listing. Whether the module *exists* is
 asked before it is imported, so an error inside a plugin is shown as itself.
@@ -15,8 +15,8 @@ from typing import Literal
 
 from quantkit.errors import RecipeError
 
-Kind = Literal["methods", "formats"]
-_SINGULAR = {"methods": "method", "formats": "format"}
+Kind = Literal["methods", "formats", "transforms"]
+_SINGULAR = {"methods": "method", "formats": "format", "transforms": "transform"}
 
 
 def names(kind: Kind) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Stand-ins for methods and formats, so that recipe tests need neither torch nor real plugins."""
+"""Stand-ins for methods, transforms and formats, so that recipe tests need neither torch nor real plugins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from quantkit import registry
 from quantkit.errors import RecipeError
+from quantkit.schemes import Scheme, parse_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,28 @@ class RtnParams:
     scales: Literal["absmax", "mse"] = "absmax"
 
 
+@dataclass(frozen=True, slots=True)
+class SmoothquantParams:
+    alpha: float | None = None
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.alpha > 1:
+            raise RecipeError(f"alpha must be at most 1, not {self.alpha}")
+
+
+@dataclass(frozen=True, slots=True)
+class AwqParams:
+    """Shares a name with the parameters of a method."""
+
+    damp: float = 0.5
+
+
+def parse_known(text: str) -> Scheme:
+    """Schemes by the names that users of one format know."""
+    return parse_scheme("w8a8_mixed" if text.lower() == "int8" else text)
+
+
 def _module(**values: object) -> ModuleType:
     module = ModuleType("fake")
     vars(module).update(values)
@@ -41,15 +64,28 @@ FAKES = {
         "gptq": _module(Params=GptqParams, SUMMARY="error feedback"),
         "rtn": _module(Params=RtnParams, SUMMARY="nearest"),
     },
+    "transforms": {
+        "awq": _module(Params=AwqParams, SUMMARY="by mean activations"),
+        "smoothquant": _module(Params=SmoothquantParams, SUMMARY="by largest activations"),
+    },
     "formats": {
+        "bitsandbytes": _module(
+            SUMMARY="bitsandbytes files",
+            parse=parse_known,
+            default_method=lambda scheme: "rtn",
+            DEFAULT_SCHEME="nf4",
+            PRESETS=("nf4", "nf4_dq", "int8"),
+        ),
         "gptq": _module(
             SUMMARY="GPTQ files",
+            parse=parse_scheme,
             default_method=lambda scheme: "gptq",
             DEFAULT_SCHEME="w4g128",
             PRESETS=("w4g128", "w8g128"),
         ),
         "compressed_tensors": _module(
             SUMMARY="vLLM files",
+            parse=parse_scheme,
             default_method=lambda scheme: "rtn",
             DEFAULT_SCHEME="w8",
             PRESETS=("w8", "w4g128"),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from quantkit.recipe.interpolate import escape
-from quantkit.recipe.spec import Recipe, Target
+from quantkit.recipe.spec import Recipe, Target, TransformSpec
 
 
 def dump(recipe: Recipe) -> str:
@@ -44,4 +44,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, TransformSpec):
+        return {value.name: _plain(value.options)} if value.options else value.name
     return _record(value) if is_dataclass(value) else value

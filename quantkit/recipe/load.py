@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from quantkit import registry
 from quantkit.errors import RecipeError
 from quantkit.recipe import plugins
 from quantkit.recipe.check import said
@@ -17,7 +18,7 @@ from quantkit.recipe.interpolate import Scope
 from quantkit.recipe.nodes import FAILED, Reader, mark
 from quantkit.recipe.overrides import Override, apply
 from quantkit.recipe.shorthand import parse_targets
-from quantkit.recipe.spec import Recipe, Scalar, Target
+from quantkit.recipe.spec import Recipe, Scalar, Target, TransformSpec
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 COMMAND_LINE = "command line"
@@ -115,7 +116,7 @@ class _Targets:
 
     def _item(self, node: Node, path: str) -> Any:
         if isinstance(node, MappingNode):
-            special = {"method": self._method}
+            special = {"method": self._method, "transforms": self._transforms}
             target = self._reader.record(node, Target, path, special=special, hidden=("options",))
             return FAILED if target is FAILED else (target,)
         text = self._reader.read(node, str, path)
@@ -128,17 +129,37 @@ class _Targets:
 
     def _method(self, node: Node, path: str) -> Any:
         """``gptq`` or ``{gptq: {damp: 0.01}}``, as the fields `method` and `options`."""
+        found = self._plugin(node, path, "methods", "one method, as gptq or {gptq: {damp: 0.01}}")
+        return FAILED if found is FAILED else {"method": found[0], "options": found[1]}
+
+    def _transforms(self, node: Node, path: str) -> Any:
+        """A list of ``smoothquant`` or ``{smoothquant: {alpha: 0.8}}``."""
+        if not isinstance(node, SequenceNode):
+            return self._reader.read(node, tuple[TransformSpec, ...], path)
+        return self._reader.sequence(node, path, self._transform)
+
+    def _transform(self, node: Node, path: str) -> Any:
+        wanted = "one transform, as smoothquant or {smoothquant: {alpha: 0.8}}"
+        found = self._plugin(node, path, "transforms", wanted)
+        try:
+            return FAILED if found is FAILED else TransformSpec(*found)
+        except RecipeError as error:
+            return self._reader.fail(node, path, said(error))
+
+    def _plugin(self, node: Node, path: str, kind: registry.Kind, wanted: str) -> Any:
+        """(name, parameters) from a name or a mapping from one name to its parameters, or FAILED."""
         if not isinstance(node, MappingNode):
-            return {"method": self._reader.read(node, str, path)}
+            name = self._reader.read(node, str, path)
+            return FAILED if name is FAILED else (name, {})
         pairs = self._reader.pairs(node, path)
         if len(pairs) != 1:
-            return self._reader.fail(node, path, "must name one method, as gptq or {gptq: {damp: 0.01}}")
+            return self._reader.fail(node, path, f"must name {wanted}")
         (name, (key, value)), = pairs.items()  # fmt: skip
         try:
-            params_type = plugins.params_type(name)
+            params_type = plugins.params_type(kind, name)
         except RecipeError as error:
             return self._reader.fail(key, path, said(error))
         if isinstance(value, ScalarNode) and value.tag.endswith(":null"):
-            return {"method": name}
+            return name, {}
         params = self._reader.read(value, params_type, f"{path}.{name}")
-        return FAILED if params is FAILED else {"method": name, "options": plugins.params_dict(params)}
+        return FAILED if params is FAILED else (name, plugins.params_dict(params))

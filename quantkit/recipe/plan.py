@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit import registry
 from quantkit.calibrate.statistics import Need
-from quantkit.errors import UnsupportedError
-from quantkit.model.graph import ModelGraph, Weight
-from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer
+from quantkit.errors import RecipeError, UnsupportedError
+from quantkit.model.fused import attention_of, fused_sets
+from quantkit.model.graph import Block, ModelGraph, Weight
+from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer, Transform
 from quantkit.recipe.spec import Recipe, Rule, Target
 from quantkit.schemes import Scheme
 
 # Raised whenever a change can alter the codes that the same plan produces: stores made before are
 # then not continued.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class TargetPlan:
 
     target: Target
     quantizer: Quantizer[Any]
+    transforms: tuple[Transform, ...]
     format: Format
     default: Scheme
     schemes: Mapping[str, Scheme | None]
@@ -47,7 +49,21 @@ class TargetPlan:
 
     @property
     def needs(self) -> Need:
-        return self.quantizer.needs
+        """What statistics of a site this target asks for."""
+        used = [scheme for scheme in self.schemes.values() if scheme is not None]
+        return needs_of(self.quantizer, self.transforms, used)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text has to run for it."""
+        return bool(self.needs) or self.target.kv_cache is not None
+
+    def cache_names(self, block: Block) -> tuple[str, str] | None:
+        """File names of the key and value scales of a block, None when the target has none."""
+        attention = attention_of(block)
+        if self.target.kv_cache is None or attention is None:
+            return None
+        return self.format.cache_scales(attention, self.target.kv_cache)
 
     def describe(self) -> dict[str, Any]:
         """All that can change the codes of this target, as JSON."""
@@ -55,6 +71,8 @@ class TargetPlan:
             "method": self.target.method,
             "options": dict(self.target.options),
             "feedback": self.target.feedback,
+            "transforms": [asdict(transform) for transform in self.target.transforms],
+            "kv_cache": self.target.kv_cache,
             "schemes": {key: None if s is None else asdict(s) for key, s in self.schemes.items()},
             "numerics": NUMERICS_VERSION,
         }
@@ -67,6 +85,16 @@ class Resolved:
     targets: tuple[TargetPlan, ...]
     blockers: tuple[str, ...]
     warnings: tuple[str, ...]
+
+
+def needs_of(quantizer: Quantizer[Any], transforms: Sequence[Transform], schemes: Iterable[Scheme]) -> Need:
+    """What statistics of a site are needed to make and to store codes of these schemes."""
+    needs = quantizer.needs
+    for transform in transforms:
+        needs |= transform.needs
+    if any(s.activations is not None and not s.activations.dynamic for s in schemes):
+        needs |= Need.ABSMAX
+    return needs
 
 
 def key_of(description: Mapping[str, Any]) -> str:
@@ -93,13 +121,22 @@ def _resolve_target(
 ) -> tuple[TargetPlan, list[str]]:
     fmt: Format = registry.load("formats", target.format).FORMAT
     quantizer: Quantizer[Any] = registry.load("methods", target.method).quantizer(target.params)
-    default = replace(target.parsed_scheme(), scale_dtype=fmt.scale_dtype(source_dtype))
+    transforms: tuple[Transform, ...] = tuple(
+        registry.load("transforms", t.name).transform(t.params) for t in target.transforms
+    )
+    default = _as_stored(target.parsed_scheme(), fmt, source_dtype)
     problems: list[str] = []
     schemes: dict[str, Scheme | None] = {}
     assigned = []
     for block in graph.blocks:
         for weight in block.weights():
-            scheme = _assign(recipe.rules_for(target), weight, block.index, len(graph.blocks), default)
+            try:
+                scheme = _assign(recipe.rules_for(target), weight, block.index, len(graph.blocks), default)
+            except RecipeError as error:
+                scheme = None
+                problems.append(f"`{weight.key}`: {error.message}")
+            if scheme is not None:
+                scheme = _as_stored(scheme, fmt, source_dtype)
             schemes[weight.key] = scheme
             assigned.append(Assigned(weight, scheme))
             if scheme is not None and (why := quantizer.accepts(scheme) or fmt.accepts(scheme, weight)):
@@ -111,26 +148,50 @@ def _resolve_target(
                 f"`{weight.key}` is outside the blocks and stays {source_dtype}: most engines fill a "
                 "quantized head or embedding with random values"
             )
-    if quantizer.regroups_columns and not fmt.holds_column_groups():
-        problems.append(
-            f"act_order free needs a file that records column groups, which {target.format} cannot"
-        )
-    if not any(schemes.values()):
-        problems.append("every weight is kept by a rule: there is nothing to quantize")
     facts = FormatFacts(
-        tuple(assigned),
-        default,
-        graph.outer,
-        quantizer.regroups_columns,
-        target.method,
-        version,
-        graph.linears,
+        assigned=tuple(assigned),
+        default=default,
+        outer=graph.outer,
+        act_order=quantizer.regroups_columns,
+        method=target.method,
+        version=version,
+        linears=graph.linears,
+        kv_cache=target.kv_cache,
+        dtype=source_dtype,
     )
+    plan = TargetPlan(target, quantizer, transforms, fmt, default, schemes, facts)
+    return plan, [*_shortened(problems), *_target_problems(plan, graph)]
+
+
+def _as_stored(scheme: Scheme, fmt: Format, source_dtype: str) -> Scheme:
+    """The scheme with what is the format's choice."""
+    return replace(scheme, scale_dtype=fmt.scale_dtype(source_dtype), convention=fmt.convention(scheme))
+
+
+def _target_problems(plan: TargetPlan, graph: ModelGraph) -> list[str]:
+    """What stands in the way of a target as a whole."""
+    problems = []
+    used = {scheme for scheme in plan.schemes.values() if scheme is not None}
+    if plan.quantizer.regroups_columns and not plan.format.holds_column_groups():
+        problems.append(
+            f"act_order free needs a file that records column groups, which {plan.target.format} cannot"
+        )
+    if not used:
+        problems.append("every weight is kept by a rule: there is nothing to quantize")
+    for spec, transform in zip(plan.target.transforms, plan.transforms, strict=True):
+        reasons = {why for scheme in used if (why := transform.accepts(scheme)) is not None}
+        problems += [f"{spec.name}: {why}" for why in sorted(reasons)]
+    if plan.target.kv_cache is not None:
+        attending = [block for block in graph.blocks if attention_of(block) is not None]
+        if not attending:
+            problems.append("kv_cache: this model computes attention step by step: its keys cannot be seen")
+        elif plan.cache_names(attending[0]) is None:
+            problems.append(f"kv_cache: {plan.target.format} has no place for {plan.target.kv_cache} scales")
     try:
-        fmt.config(facts)
+        plan.format.config(plan.facts)
     except UnsupportedError as error:
         problems.append(error.message)
-    return TargetPlan(target, quantizer, fmt, default, schemes, facts), _shortened(problems)
+    return problems
 
 
 def _assign(
@@ -170,8 +231,7 @@ def _fused_conflicts(plan: TargetPlan, graph: ModelGraph) -> list[str]:
     notes = []
     for block in graph.blocks:
         for site in block.sites:
-            for roles in (("q", "k", "v"), ("gate", "up")):
-                members = [w for w in site.weights if w.role in roles]
+            for members in fused_sets(site.weights):
                 if len({plan.scheme_of(w) for w in members}) > 1:
                     names = ", ".join(w.module for w in members)
                     notes.append(f"{names} differ in scheme; vLLM and SGLang fuse them and will refuse")

@@ -10,14 +10,14 @@ from typing import Any, Literal, get_args, get_origin
 from quantkit import registry
 from quantkit.recipe import plugins
 from quantkit.recipe.check import Range, doc, extras, hints, options
-from quantkit.recipe.spec import Recipe, Target
+from quantkit.recipe.spec import Recipe, Target, TransformSpec
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _REFERENCE = r"\$\{"
 
 
 def schema() -> dict[str, Any]:
-    """The schema of version 1. Imports every method for its parameters."""
+    """The schema of version 1. Imports every method and transform for its parameters."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "quantkit recipe, version 1",
@@ -33,7 +33,7 @@ def _record(cls: type[Any]) -> dict[str, Any]:
         if cls is Target and f.name == "options":
             continue
         found: dict[str, Any] = {"description": doc(of[f.name])} if doc(of[f.name]) else {}
-        found |= _method() if cls is Target and f.name == "method" else _hint(of[f.name])
+        found |= _plugin("methods") if cls is Target and f.name == "method" else _hint(of[f.name])
         if f.default is f.default_factory is MISSING:
             required.append(f.name)
         elif f.default is None or (isinstance(f.default, str | int | float) and f.default != ""):
@@ -52,8 +52,7 @@ def _hint(hint: Any) -> dict[str, Any]:
         if origin is Literal:
             found.append({"enum": list(get_args(option))})
         elif origin is tuple:
-            item = get_args(option)[0]
-            found.append({"type": "array", "items": _target() if item is Target else _hint(item)})
+            found.append({"type": "array", "items": _item(get_args(option)[0])})
         elif origin is collections.abc.Mapping:
             found.append({"type": "object", "additionalProperties": _hint(get_args(option)[1])})
         elif is_dataclass(option) and isinstance(option, type):
@@ -74,16 +73,27 @@ def _scalar(types: list[str], hint: Any) -> dict[str, Any]:
     return {"type": types[0] if len(types) == 1 else types, **found}
 
 
-def _method() -> dict[str, Any]:
+def _plugin(kind: registry.Kind) -> dict[str, Any]:
     """A name, or a mapping from one name to its parameters."""
-    names = registry.names("methods")
-    each = {n: {"description": plugins.method_summary(n), **_record(plugins.params_type(n))} for n in names}
+    names = (*registry.names(kind), *plugins.aliases(kind))
+    each = {
+        name: {
+            "description": plugins.summary(kind, plugins.plugin_name(kind, name)),
+            **_record(plugins.params_type(kind, name)),
+        }
+        for name in names
+    }
     mapping = {"type": "object", "additionalProperties": False, "properties": each}
     return {"anyOf": [{"enum": list(names)}, {**mapping, "minProperties": 1, "maxProperties": 1}]}
 
 
-def _target() -> dict[str, Any]:
-    text = "FORMAT[:PRESET[,PRESET...]][@key=value,...], as gptq:w4g128 or gptq:w4g128@method=rtn"
+def _item(hint: Any) -> dict[str, Any]:
+    """An element of a list."""
+    if hint is TransformSpec:
+        return _plugin("transforms")
+    if hint is not Target:
+        return _hint(hint)
+    text = "FORMAT[:PRESET[,PRESET...]][@key=value,...], as gptq:w4g128, gptq:w4g128@method=rtn or nf4"
     return {"anyOf": [{"type": "string", "description": text}, _record(Target)]}
 
 

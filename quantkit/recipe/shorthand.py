@@ -1,18 +1,20 @@
 """Targets as one string: ``FORMAT[:PRESET[,PRESET...]][@key=value,...]``, upper or lower case.
 
-``gptq:w4g128``, ``gptq:w4g128,w4g32@method=rtn``, ``gptq:w4g128@damp=0.05,act_order=static``.
-The keys `method`, `feedback` and `name` are the target's; all others are parameters of the method.
+``gptq:w4g128``, ``gptq:w4g128,w4g32@method=rtn``, ``nf4``, ``ct:w8a8@transforms=smoothquant,alpha=0.8``.
+The keys `method`, `transforms` (one), `kv_cache`, `feedback` and `name` are the target's; all others are
+parameters of the method, or of the transform where only that knows them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from quantkit.errors import RecipeError
 from quantkit.recipe import plugins
 from quantkit.recipe.check import from_text, hints, said, suggest
-from quantkit.recipe.spec import Target
-from quantkit.schemes import parse_scheme
+from quantkit.recipe.spec import Target, TransformSpec
 
-_OWN = ("method", "feedback", "name")
+_OWN = ("method", "kv_cache", "feedback", "name")
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
@@ -25,17 +27,18 @@ def parse_targets(text: str) -> tuple[Target, ...]:
             f"{text!r} is not a target", remedy="write FORMAT:PRESET or FORMAT:PRESET@key=value,key=value"
         )
     try:
-        info = plugins.format_info(name)
         given = _pairs(tail) if at else {}
         own = {key: from_text(given.pop(key), hints(Target)[key]) for key in _OWN if key in given}
         if "name" in own and len(presets) > 1:
             raise RecipeError(f"name: {own['name']!r} cannot be the name of {len(presets)} targets")
-        asked = own.pop("method", "").lower()
+        asked, transform = own.pop("method", ""), given.pop("transforms", None)
         targets = []
         for preset in presets:
-            scheme = parse_scheme(plugins.scheme_name(preset or info.default_scheme, info))
-            method = asked or info.default_method(scheme)
-            targets.append(Target(info.name, preset, method, _typed(method, given), **own))
+            info, wanted = plugins.resolve_format(name, preset)
+            scheme = plugins.scheme_name(wanted, info)
+            method = plugins.plugin_name("methods", asked or info.default_method(info.parse(scheme)))
+            options, rescaling = _options(method, transform, given)
+            targets.append(Target(info.name, scheme, method, options, rescaling, **own))
         return tuple(targets)
     except RecipeError as error:
         raise RecipeError(f"{text!r}: {said(error)}") from None
@@ -55,16 +58,29 @@ def _pairs(tail: str) -> dict[str, str]:
     return given
 
 
-def _typed(method: str, given: dict[str, str]) -> dict[str, object]:
-    """The parameters of a method, read from text according to their types."""
-    known = hints(plugins.params_type(method))
-    options = {}
+def _options(
+    method: str, transform: str | None, given: dict[str, str]
+) -> tuple[dict[str, object], tuple[TransformSpec, ...]]:
+    """The parameters of the method, and the transform with its own, read from text as their types say."""
+    of_method = hints(plugins.params_type("methods", method))
+    of_transform: dict[str, Any] = {}
+    if transform is not None:
+        of_transform = hints(plugins.params_type("transforms", transform))
+    options: dict[str, object] = {}
+    rescaling: dict[str, object] = {}
     for key, text in given.items():
-        if key not in known:
-            close = suggest(key, (*known, *_OWN))
-            raise RecipeError(f"{method!r} has no parameter {key!r}{close}")
+        if key not in of_method and key not in of_transform:
+            close = suggest(key, (*of_method, *of_transform, *_OWN, "transforms"))
+            owners = repr(method) if transform is None else f"neither {method!r} nor {transform!r}"
+            raise RecipeError(f"{owners} has {'no' if transform is None else 'a'} parameter {key!r}{close}")
+        if key in of_method and key in of_transform:
+            raise RecipeError(
+                f"{key}: a parameter of both {method!r} and {transform!r}",
+                remedy=f"write {{{transform}: {{{key}: {text}}}}} in a recipe",
+            )
+        into, known = (options, of_method) if key in of_method else (rescaling, of_transform)
         try:
-            options[key] = from_text(text, known[key])
+            into[key] = from_text(text, known[key])
         except RecipeError as error:
             raise RecipeError(f"{key}: {said(error)}") from None
-    return options
+    return options, () if transform is None else (TransformSpec(transform, rescaling),)

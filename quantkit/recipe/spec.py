@@ -17,14 +17,25 @@ from quantkit.recipe import plugins
 from quantkit.recipe.check import Range, check_types, complaint, refuse, said
 from quantkit.recipe.rules import Rule
 from quantkit.recipe.sizes import parse_size
-from quantkit.schemes import Scheme, parse_scheme
+from quantkit.schemes import CacheDtype, Scheme, parse_scheme
 
 Scalar = str | int | float | bool
 DEFAULT_SET = "wikitext103"
 DEFAULT_LENGTH = 2048
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-__all__ = ["Calibration", "Device", "Eval", "EvalText", "Gates", "Output", "Recipe", "Rule", "Target"]
+__all__ = [
+    "Calibration",
+    "Device",
+    "Eval",
+    "EvalText",
+    "Gates",
+    "Output",
+    "Recipe",
+    "Rule",
+    "Target",
+    "TransformSpec",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,26 @@ class Eval:
 
 
 @dataclass(frozen=True, slots=True)
+class TransformSpec:
+    """One transform and its parameters; once made, every parameter has its value."""
+
+    name: Annotated[str, "name of the transform, as smoothquant"]
+    options: Annotated[Mapping[str, Any], "parameters of the transform"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        name = plugins.plugin_name("transforms", self.name)
+        options = plugins.params_dict(plugins.make_params("transforms", name, self.options))
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "options", options)
+
+    @property
+    def params(self) -> Any:
+        """The transform's parameters as its own `Params`."""
+        return plugins.make_params("transforms", self.name, self.options)
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """One result: scheme × method × format. Empty fields take the format's usual value.
 
@@ -150,28 +181,38 @@ class Target:
     do the same are equal.
     """
 
-    format: Annotated[str, "how bytes are laid out, as gptq"]
+    format: Annotated[str, "how bytes are laid out, as gptq; nf4, fp8 and the like also name the scheme"]
     scheme: Annotated[str, "which numbers can be represented, as w4g128"] = ""
     method: Annotated[str, "how codes are chosen, as gptq or rtn"] = ""
     options: Annotated[Mapping[str, Any], "parameters of the method"] = field(default_factory=dict)
+    transforms: Annotated[
+        tuple[TransformSpec, ...], "what rescales inputs and weights before codes are chosen, as smoothquant"
+    ] = ()
+    kv_cache: Annotated[CacheDtype | None, "store scales for a key-value cache of this dtype; null: none"] = (
+        None
+    )
     feedback: Annotated[bool, "calibrate on the activations of the quantized blocks before"] = False
     name: Annotated[str, "name of the target and its folder"] = ""
     rules: Annotated[tuple[Rule, ...], "rules of this target, tried before the recipe's"] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
-        info = _located("format", plugins.format_info, self.format)
-        scheme = _located("scheme", plugins.scheme_name, self.scheme or info.default_scheme, info)
+        info, asked = _located("format", plugins.resolve_format, self.format, self.scheme)
+        scheme = _located("scheme", plugins.scheme_name, asked, info)
         usual = info.default_method(parse_scheme(scheme))
-        method = (self.method or usual).lower()
-        _located("method", plugins.params_type, method)
-        name = self.name or default_name(info.name, scheme, "" if method == usual else method,
-                                         self.feedback)  # fmt: skip
+        method = plugins.plugin_name("methods", self.method or usual)
+        _located("method", plugins.params_type, "methods", method)
+        transforms = [transform.name for transform in self.transforms]
+        refuse(f"transforms: {name!r} given twice" for name in sorted(set(transforms))
+               if transforms.count(name) > 1)  # fmt: skip
+        parts = [info.name, scheme, *([] if method == usual else [method]), *transforms]
+        parts += [f"kv_{self.kv_cache}"] if self.kv_cache else []
+        name = self.name or "-".join([*parts, "feedback"] if self.feedback else parts)
         if not _NAME.fullmatch(name) or name.endswith("."):
             raise RecipeError(
                 f"name: {name!r} cannot be a folder name; use letters, digits, dot, dash and underscore"
             )
-        options = plugins.params_dict(plugins.make_params(method, self.options))
+        options = plugins.params_dict(plugins.make_params("methods", method, self.options))
         for key, value in (("format", info.name), ("scheme", scheme), ("method", method), ("name", name)):
             object.__setattr__(self, key, value)
         object.__setattr__(self, "options", options)
@@ -179,16 +220,11 @@ class Target:
     @property
     def params(self) -> Any:
         """The method's parameters as its own `Params`."""
-        return plugins.make_params(self.method, self.options)
+        return plugins.make_params("methods", self.method, self.options)
 
     def parsed_scheme(self) -> Scheme:
         """The scheme as a value; its scale dtype is still the format's choice."""
         return parse_scheme(self.scheme)
-
-
-def default_name(format_name: str, scheme: str, method: str, feedback: bool) -> str:
-    """``gptq-w4g128``, with the method when it is not the usual one (else empty), and ``-feedback``."""
-    return f"{format_name}-{scheme}{f'-{method}' if method else ''}{'-feedback' if feedback else ''}"
 
 
 def _located(name: str, ask: Any, *arguments: Any) -> Any:

@@ -20,6 +20,7 @@ def test_the_folder_is_the_registry(kind: registry.Kind) -> None:
 def test_known_names() -> None:
     assert {"gptq", "rtn"} <= set(registry.names("methods"))
     assert {"gptq", "compressed_tensors"} <= set(registry.names("formats"))
+    assert "smoothquant" in registry.names("transforms")
 
 
 def test_load_gives_the_module() -> None:
@@ -34,6 +35,8 @@ def test_unknown_names_get_a_suggestion_and_the_list() -> None:
     assert caught.value.remedy is not None and "rtn" in caught.value.remedy
     with pytest.raises(RecipeError, match=r"(?m)unknown format 'zzz'$"):
         registry.load("formats", "zzz")
+    with pytest.raises(RecipeError, match=r"unknown transform 'smothquant'; did you mean 'smoothquant'\?"):
+        registry.load("transforms", "smothquant")
 
 
 @pytest.mark.parametrize("name", ["../errors", "__init__", "quantkit.errors", "", "rtn.Params"])
@@ -54,7 +57,8 @@ def test_an_error_inside_a_plugin_is_shown_as_itself(tmp_path: Path, monkeypatch
 
 def test_listing_imports_no_plugin() -> None:
     code = (
-        "import sys; from quantkit import registry; registry.names('methods'); registry.names('formats');"
+        "import sys; from quantkit import registry\n"
+        "for kind in ('methods', 'formats', 'transforms'): registry.names(kind)\n"
         "assert 'torch' not in sys.modules and 'quantkit.methods.gptq' not in sys.modules"
     )
     root = Path(registry.__file__).parent.parent

@@ -9,7 +9,7 @@ from quantkit.errors import RecipeError
 from quantkit.recipe.load import load_recipe, parse_recipe, recipe_from_flags
 from quantkit.recipe.overrides import assignment, flag
 from quantkit.recipe.rules import Rule
-from quantkit.recipe.spec import Calibration, EvalText, Recipe, Target
+from quantkit.recipe.spec import Calibration, EvalText, Recipe, Target, TransformSpec
 
 SMALL = "source: x\ntargets: [gptq]\n"
 
@@ -77,7 +77,7 @@ targets:
         "r.yaml:1:1 'source' is missing",
         "r.yaml:2:1 unknown key 'sorce'; did you mean 'source'?",
         "r.yaml:6:14 targets[1].format: unknown format 'gptqq'; did you mean 'gptq'? "
-        "(known: compressed_tensors, gptq)",
+        "(known: bitsandbytes, compressed_tensors, gptq)",
         "r.yaml:8:5 targets[2]: key 'format' given twice (first on line 7)",
         "r.yaml:9:5 targets[3]: 'format' is missing",
     )
@@ -152,6 +152,25 @@ def test_each_mistake_with_its_place(line: str, expected: str) -> None:
         ),
         ("{format: gptq, method: {gptq: 3}}", "2:41 targets[0].method.gptq: must be a mapping, not 3"),
         ("{format: gptq, method: {}}", "2:34 targets[0].method: must name one method"),
+        ("{format: gptq, kv_cache: fp9}",
+         "2:36 targets[0].kv_cache: must be 'fp8' or 'int8' or null, not 'fp9'"),
+        ("{format: gptq, transforms: awq}", "2:38 targets[0].transforms: must be a list, not 'awq'"),
+        ("{format: gptq, transforms: {awq: {}}}", "2:38 targets[0].transforms: must be a list, not a map"),
+        ("{format: gptq, transforms: [smothquant]}",
+         "2:39 targets[0].transforms[0]: unknown transform 'smothquant'; did you mean 'smoothquant'?"),
+        ("{format: gptq, transforms: [{smothquant: {}}]}",
+         "2:40 targets[0].transforms[0]: unknown transform 'smothquant'"),
+        ("{format: gptq, transforms: [{smoothquant: {alpa: 1}}]}",
+         "2:54 targets[0].transforms[0].smoothquant: unknown key 'alpa'; did you mean 'alpha'?"),
+        ("{format: gptq, transforms: [{smoothquant: {alpha: x}}]}",
+         "2:61 targets[0].transforms[0].smoothquant.alpha: must be a number or null, not 'x'"),
+        ("{format: gptq, transforms: [{smoothquant: {alpha: 2}}]}",
+         "2:61 targets[0].transforms[0].smoothquant.alpha: must be at most 1, not 2"),
+        ("{format: gptq, transforms: [{awq: {}, smoothquant: {}}]}",
+         "2:39 targets[0].transforms[0]: must name one transform"),
+        ("{format: gptq, transforms: [awq, awq]}", "2:38 targets[0].transforms: 'awq' given twice"),
+        ("{format: gptq, transforms: [1]}", "2:39 targets[0].transforms[0]: must be text, not 1"),
+        ("{format: nf4, scheme: nf4_dq}", "2:20 targets[0].format: 'nf4' stands for bitsandbytes:nf4"),
         ("{format: gptq, preset: x}", "2:26 targets[0]: unknown key 'preset'"),
         ("{format: gptq, options: {}}", "2:26 targets[0]: unknown key 'options'"),
         ("gptq:w4@damp=x", "2:11 targets[0]: 'gptq:w4@damp=x': damp: must be a number"),
@@ -159,7 +178,7 @@ def test_each_mistake_with_its_place(line: str, expected: str) -> None:
         ("[gptq]", "2:11 targets[0]: must be text, not a list"),
         ("'${env:F}'", "2:11 targets[0]: an environment value"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_in_targets(target: str, expected: str) -> None:
     (problem,) = problems(f"source: x\ntargets: [{target}]\n", env={"F": "gptq"})
     assert problem.startswith(f"r.yaml:{expected}")
@@ -184,6 +203,34 @@ def test_mistakes_in_targets(target: str, expected: str) -> None:
 )  # fmt: skip
 def test_documents_that_are_no_recipe(text: str, expected: str) -> None:
     assert problems(text)[0].startswith(expected)
+
+
+def test_transforms_caches_and_other_names() -> None:
+    text = """
+source: x
+targets:
+  - {format: nf4, method: search, name: a}
+  - {format: bnb, scheme: int8, method: {search: {damp: 0.1}}}
+  - {format: w8a8, transforms: [smoothquant], kv_cache: int8}
+  - format: compressed_tensors
+    scheme: fp8a8
+    kv_cache: null
+    transforms: [{smoothquant: {alpha: 1, search: false}}, {awq: }, {Smoothquant: {}}]
+  - w8a8@transforms=smoothquant,kv_cache=fp8
+"""
+    assert problems(text) == ("r.yaml:10:17 targets[3].transforms: 'smoothquant' given twice",)
+    recipe = parse_recipe(text.replace(", {Smoothquant: {}}", ""))
+    assert recipe.targets == (
+        Target("bitsandbytes", "nf4", "gptq", name="a"),
+        Target("bitsandbytes", "w8a8_mixed", "gptq", {"damp": 0.1}),
+        Target("ct", "w8a8", transforms=(TransformSpec("smoothquant"),), kv_cache="int8"),
+        Target(
+            "ct",
+            "fp8a8",
+            transforms=(TransformSpec("smoothquant", {"alpha": 1, "search": False}), TransformSpec("awq")),
+        ),
+        Target("ct", "w8a8", transforms=(TransformSpec("smoothquant"),), kv_cache="fp8"),
+    )
 
 
 def test_lines_come_in_order() -> None:

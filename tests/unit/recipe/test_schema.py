@@ -53,6 +53,11 @@ def test_recipes_are_shipped() -> None:
         {"targets": [{"scheme": "w4"}]},
         {"targets": [{"format": "gptq", "method": {"gptq": {"dmp": 1}}}]},
         {"targets": [{"format": "gptq", "method": {"gptq": {}, "rtn": {}}}]},
+        {"targets": [{"format": "gptq", "kv_cache": "fp9"}]},
+        {"targets": [{"format": "gptq", "transforms": "smoothquant"}]},
+        {"targets": [{"format": "gptq", "transforms": ["smothquant"]}]},
+        {"targets": [{"format": "gptq", "transforms": [{"smoothquant": {"alpa": 1}}]}]},
+        {"targets": [{"format": "gptq", "transforms": [{"smoothquant": {}, "x": {}}]}]},
         {"eval": {"gates": {"top1_agreement_min": 2}}},
         {"quantkit": 2},
     ],
@@ -63,6 +68,27 @@ def test_the_schema_refuses_what_the_loader_refuses(wrong: dict[str, Any]) -> No
     assert list(jsonschema.Draft202012Validator(schema()).iter_errors(document))
     with pytest.raises(Exception, match="recipe:"):
         parse_recipe(yaml.safe_dump(document))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"kv_cache": "fp8"},
+        {"kv_cache": None},
+        {"transforms": []},
+        {"transforms": ["smoothquant"]},
+        {"transforms": [{"smoothquant": {"alpha": 0.8, "search": False}}]},
+        {"transforms": [{"smoothquant": {"alpha": None}}]},
+        {"method": "search"},
+        {"method": {"search": {"damp": 0.02}}},
+    ],
+    ids=str,
+)
+def test_the_schema_accepts_what_the_loader_accepts(target: dict[str, Any]) -> None:
+    document = {"source": "x", "targets": [{"format": "gptq", **target}]}
+    jsonschema.validate(document, schema())
+    recipe = parse_recipe(yaml.safe_dump(document))
+    jsonschema.validate(yaml.safe_load(dump(recipe)), schema())
 
 
 def test_references_are_allowed_where_numbers_are() -> None:
@@ -86,5 +112,8 @@ def test_everything_is_described_and_closed() -> None:
     walk(found)
     for name, section in found["properties"].items():
         assert section["description"], name
-    methods = found["properties"]["targets"]["items"]["anyOf"][1]["properties"]["method"]["anyOf"]
-    assert methods[0]["enum"] == list(registry.names("methods"))
+    target = found["properties"]["targets"]["items"]["anyOf"][1]["properties"]
+    methods, transforms = target["method"]["anyOf"], target["transforms"]["items"]["anyOf"]
+    assert methods[0]["enum"] == [*registry.names("methods"), "search"]
+    assert transforms[0]["enum"] == list(registry.names("transforms"))
+    assert all(option["description"] for option in transforms[1]["properties"].values())

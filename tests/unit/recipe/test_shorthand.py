@@ -6,7 +6,7 @@ import pytest
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.shorthand import parse_targets
-from quantkit.recipe.spec import Target
+from quantkit.recipe.spec import Target, TransformSpec
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,26 @@ from quantkit.recipe.spec import Target
         ),
         ("gptq@feedback=true", [{"format": "gptq", "feedback": True}]),
         ("gptq@name=mine", [{"format": "gptq", "name": "mine"}]),
+        ("nf4", [{"format": "bitsandbytes", "scheme": "nf4"}]),
+        ("NF4@method=rtn", [{"format": "bitsandbytes", "scheme": "nf4", "method": "rtn"}]),
+        ("nf4@method=search,damp=0.1",
+         [{"format": "bitsandbytes", "scheme": "nf4", "method": "gptq", "options": {"damp": 0.1}}]),
+        ("bnb:nf4,int8", [{"format": "bitsandbytes", "scheme": s} for s in ("nf4", "w8a8_mixed")]),
+        ("int8", [{"format": "bitsandbytes", "scheme": "w8a8_mixed"}]),
+        ("fp8@kv_cache=FP8", [{"format": "ct", "scheme": "fp8a8", "kv_cache": "fp8"}]),
+        ("fp8@kv_cache=null", [{"format": "ct", "scheme": "fp8a8"}]),
+        ("w8a8@transforms=smoothquant",
+         [{"format": "ct", "scheme": "w8a8", "transforms": [("smoothquant", {})]}]),
+        ("ct:w8a8@transforms=SmoothQuant,alpha=0.8,search=false,scales=mse",
+         [{"format": "ct", "scheme": "w8a8", "options": {"scales": "mse"},
+           "transforms": [("smoothquant", {"alpha": 0.8, "search": False})]}]),
+        ("ct:w8a8@transforms=awq,damp=0.2",
+         [{"format": "ct", "scheme": "w8a8", "transforms": [("awq", {"damp": 0.2})]}]),
     ],
-)
+)  # fmt: skip
 def test_reads(text: str, targets: list[dict[str, Any]]) -> None:
+    for target in targets:
+        target["transforms"] = tuple(TransformSpec(*spec) for spec in target.get("transforms", ()))
     assert parse_targets(text) == tuple(Target(**target) for target in targets)
 
 
@@ -61,8 +78,24 @@ def test_reads(text: str, targets: list[dict[str, Any]]) -> None:
         ("gptq@act_order=all", "must be 'none' or 'static', not 'all'"),
         ("gptq@method=gptk", "unknown method 'gptk'; did you mean 'gptq'?"),
         ("gptq:w4,w8@name=x", "cannot be the name of 2 targets"),
+        ("nf4:nf4_dq", "'nf4' stands for bitsandbytes:nf4 and takes no scheme (write bitsandbytes:nf4_dq)"),
+        ("nf4_dq", "'nf4_dq' is a scheme, write FORMAT:nf4_dq"),
+        ("int88", "unknown format 'int88'; did you mean 'int8'?"),
+        ("bnb:int88", "unknown scheme 'int88'; did you mean 'int8'?"),
+        ("gptq@kv_cache=fp16", "must be 'fp8' or 'int8' or null, not 'fp16'"),
+        ("gptq@kv_cach=fp8", "did you mean 'kv_cache'?"),
+        ("gptq@transform=awq", "did you mean 'transforms'?"),
+        ("gptq@transforms=smothquant", "unknown transform 'smothquant'; did you mean 'smoothquant'?"),
+        ("gptq@transforms=", "unknown transform ''"),
+        ("w8a8@transforms=smoothquant,alpa=1",
+         "neither 'rtn' nor 'smoothquant' has a parameter 'alpa'; did you mean 'alpha'?"),
+        ("w8a8@transforms=smoothquant,alpha=much", "alpha: must be a number or null, not 'much'"),
+        ("w8a8@transforms=smoothquant,alpha=2", "alpha must be at most 1, not 2"),
+        ("gptq@transforms=awq,damp=0.1",
+         "damp: a parameter of both 'gptq' and 'awq' (write {awq: {damp: 0.1}} in a recipe)"),
+        ("w8a8@alpha=0.8", "'rtn' has no parameter 'alpha'"),
     ],
-)
+)  # fmt: skip
 def test_refuses(text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_targets(text)

@@ -8,7 +8,17 @@ import pytest
 from quantkit.errors import RecipeError
 from quantkit.recipe.rules import Rule, parse_blocks
 from quantkit.recipe.sizes import format_size, parse_size
-from quantkit.recipe.spec import Calibration, Device, Eval, EvalText, Gates, Output, Recipe, Target
+from quantkit.recipe.spec import (
+    Calibration,
+    Device,
+    Eval,
+    EvalText,
+    Gates,
+    Output,
+    Recipe,
+    Target,
+    TransformSpec,
+)
 from quantkit.schemes import parse_scheme
 
 
@@ -79,10 +89,16 @@ def test_target_fills_in_what_is_usual_for_its_format() -> None:
         ({"format": "ct", "scheme": "w4g128", "method": "gptq", "feedback": True},
          "compressed_tensors-w4g128-gptq-feedback"),
         ({"format": "compressed-tensors"}, "compressed_tensors-w8"),
+        ({"format": "w8a8", "transforms": ["smoothquant"]},
+         "compressed_tensors-w8a8-smoothquant"),
+        ({"format": "fp8", "kv_cache": "fp8"}, "compressed_tensors-fp8a8-kv_fp8"),
+        ({"format": "w8a8", "method": "gptq", "transforms": ["awq"], "kv_cache": "int8",
+          "feedback": True}, "compressed_tensors-w8a8-gptq-awq-kv_int8-feedback"),
     ],
 )  # fmt: skip
 def test_default_names(arguments: dict[str, Any], name: str) -> None:
-    assert Target(**arguments).name == name
+    transforms = tuple(TransformSpec(given) for given in arguments.pop("transforms", ()))
+    assert Target(**arguments, transforms=transforms).name == name
 
 
 @pytest.mark.parametrize(
@@ -106,14 +122,30 @@ def test_default_names(arguments: dict[str, Any], name: str) -> None:
         (Rule, {"match": "a", "scheme": "w4", "bits": 4}, "a rule needs one of"),
         (Rule, {"match": "re:(", "keep": True}, "match: not a regular expression"),
         (Rule, {"match": "", "keep": True}, "match: is empty"),
-        (Rule, {"match": "a", "bits": 9}, "bits: must be between 2 and 8, not 9"),
-        (Rule, {"match": "a", "scheme": "w99"}, "scheme: bits must be 2 to 8"),
+        (Rule, {"match": "a", "bits": 9}, "bits: must be between 1 and 8, not 9"),
+        (Rule, {"match": "a", "scheme": "w99"}, "scheme: bits must be 1 to 8"),
         (Rule, {"match": "a", "keep": True, "blocks": "x"}, "blocks: 'x' is not a block"),
         (Target, {"format": "gptqq"}, "format: unknown format 'gptqq'; did you mean 'gptq'?"),
         (Target, {"format": "gptq", "scheme": "w4g12x"}, "scheme: unknown scheme 'w4g12x'; did you mean"),
         (Target, {"format": "gptq", "method": "gptk"}, "method: unknown method 'gptk'; did you mean 'gptq'?"),
         (Target, {"format": "gptq", "options": {"dmp": 1.0}}, "has no parameter 'dmp'; did you mean 'damp'?"),
         (Target, {"format": "gptq", "options": {"damp": "x"}}, "damp: must be a number, not 'x'"),
+        (Target, {"format": "nf4", "scheme": "nf4_dq"},
+         "format: 'nf4' stands for bitsandbytes:nf4 and takes no scheme (write bitsandbytes:nf4_dq)"),
+        (Target, {"format": "w4g128"},
+         "format: unknown format 'w4g128'; 'w4g128' is a scheme, write FORMAT:w4g128 (known: bits"),
+        (Target, {"format": "nf44"}, "format: unknown format 'nf44'; did you mean 'nf4'?"),
+        (Target, {"format": "bitsandbytes", "scheme": "int88"},
+         "scheme: unknown scheme 'int88'; did you mean 'int8'?"),
+        (Target, {"format": "ct", "scheme": "int8"}, "scheme: unknown scheme 'int8'"),
+        (Target, {"format": "gptq", "kv_cache": "fp16"},
+         "kv_cache: must be 'fp8' or 'int8' or null, not 'fp16'"),
+        (Target, {"format": "gptq", "transforms": ("awq",)}, "transforms: must be a list"),
+        (TransformSpec, {"name": "smothquant"},
+         "unknown transform 'smothquant'; did you mean 'smoothquant'?"),
+        (TransformSpec, {"name": "awq", "options": {"dmp": 1}}, "'awq' has no parameter 'dmp'; did you mean"),
+        (TransformSpec, {"name": "smoothquant", "options": {"alpha": "x"}}, "alpha: must be a number or"),
+        (TransformSpec, {"name": "smoothquant", "options": {"alpha": 2}}, "alpha must be at most 1, not 2"),
         (Target, {"format": "gptq", "name": "../up"}, "name: '../up' cannot be a folder name"),
         (Target, {"format": "gptq", "name": "a/b"}, "name: 'a/b' cannot be a folder name"),
         (Target, {"format": "gptq", "name": "dot."}, "name: 'dot.' cannot be a folder name"),
@@ -123,6 +155,45 @@ def test_default_names(arguments: dict[str, Any], name: str) -> None:
 )  # fmt: skip
 def test_values_refuse_what_makes_no_sense(make: Any, arguments: dict[str, Any], expected: str) -> None:
     assert expected in "\n".join(problems(make, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("short", "written"),
+    [
+        ({"format": "nf4"}, {"format": "bitsandbytes", "scheme": "nf4"}),
+        ({"format": "FP4"}, {"format": "bitsandbytes", "scheme": "fp4"}),
+        ({"format": "int8"}, {"format": "bnb", "scheme": "int8"}),
+        ({"format": "llm-int8"}, {"format": "bitsandbytes", "scheme": "w8a8_mixed"}),
+        ({"format": "fp8"}, {"format": "ct", "scheme": "fp8a8"}),
+        ({"format": "w8a8"}, {"format": "compressed_tensors", "scheme": "w8a8"}),
+        ({"format": "mxfp4"}, {"format": "compressed_tensors", "scheme": "mxfp4"}),
+        ({"format": "nvfp4"}, {"format": "compressed_tensors", "scheme": "nvfp4"}),
+        ({"format": "bnb"}, {"format": "bitsandbytes", "scheme": "nf4"}),
+        (
+            {"format": "nf4", "method": "search"},
+            {"format": "bitsandbytes", "scheme": "nf4", "method": "gptq"},
+        ),
+    ],
+)
+def test_what_people_call_a_result(short: dict[str, Any], written: dict[str, Any]) -> None:
+    assert Target(**short) == Target(**written)
+
+
+def test_a_format_reads_schemes_in_its_own_words() -> None:
+    target = Target("bitsandbytes", "INT8")
+    assert (target.scheme, target.name) == ("w8a8_mixed", "bitsandbytes-w8a8_mixed")
+    assert target.parsed_scheme() == parse_scheme("w8a8_mixed")
+    assert Target("bitsandbytes", target.scheme) == target
+
+
+def test_transforms_are_canonical() -> None:
+    spec = TransformSpec("SmoothQuant", {"alpha": 0.8})
+    assert (spec.name, spec.options) == ("smoothquant", {"alpha": 0.8, "search": True})
+    assert spec.params.alpha == 0.8
+    assert TransformSpec("smoothquant") == TransformSpec("smoothquant", {"alpha": None, "search": True})
+    assert Target("gptq", transforms=(spec,)).transforms == (spec,)
+    assert Target("gptq").transforms == () and Target("gptq").kv_cache is None
+    assert problems(Target, "gptq", transforms=(spec, spec)) == ("transforms: 'smoothquant' given twice",)
 
 
 def test_every_problem_is_listed() -> None:
