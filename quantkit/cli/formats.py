@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,50 +13,93 @@ from quantkit.cli.help import Command
 from quantkit.cli.output import Output, common_options
 from quantkit.run.table import Table
 
+if TYPE_CHECKING:
+    from quantkit.schemes import Scheme
+
 _EXAMPLE = (4096, 4096)
+_SOURCE = "bfloat16"
+# engines that load and compute without a GPU
+_ON_CPU = ("transformers", "transformers+gptqmodel", "gptqmodel", "hqq")
 
 
 @click.command("formats", cls=Command, examples=("quantkit formats", "quantkit formats --json"))
 @common_options
 def command(**flags: Any) -> None:
-    """List formats, their presets and methods."""
+    """List formats with their presets, methods, transforms, and what each needs and runs in."""
+    from quantkit.recipe.plugins import shortcuts
+
     output = Output.from_flags(flags)
-    formats = [row for name in registry.names("formats") for row in _presets(name)]
-    methods = [
-        {"method": name, "summary": registry.load("methods", name).SUMMARY}
-        for name in registry.names("methods")
-    ]
+    targets = [row for name in registry.names("formats") for row in _presets(name)]
+    methods = _described("methods")
+    transforms = _described("transforms")
     notes = ["bits per weight: with scales and zero points, in a matrix of 4,096 x 4,096"]
     notes += [f"{name}: {registry.load('formats', name).SUMMARY}" for name in registry.names("formats")]
-    rows = [(row["target"], f"{row['bits_per_weight']:.2f}", row["method"], row["note"]) for row in formats]
+    notes += [f"short names: {', '.join(f'{name} = {target}' for name, target in shortcuts().items())}"]
+    rows = tuple(
+        (
+            row["target"] + ("  (default)" if row["default"] else ""),
+            f"{row['bits_per_weight']:.2f}",
+            row["group"],
+            row["method"],
+            "yes" if row["calibrated"] else "no",
+            ", ".join(row["engines"]),
+            "yes" if row["cpu"] else "no",
+        )
+        for row in targets
+    )
+    columns = ("target", "bits", "scale per", "method", "calibration", "loads in", "on a CPU")
     tables = [
-        Table("", ("target", "bits per weight", "method", ""), tuple(rows), tuple(notes)),
-        Table("", ("method", ""), tuple((row["method"], row["summary"]) for row in methods)),
+        Table("", columns, rows, tuple(notes)),
+        Table("", ("method", ""), tuple((row["name"], row["summary"]) for row in methods)),
+        Table("", ("transform", ""), tuple((row["name"], row["summary"]) for row in transforms)),
     ]
-    output.result("formats", tables, {"targets": formats, "methods": methods})
+    output.result("formats", tables, {"targets": targets, "methods": methods, "transforms": transforms})
+
+
+def _described(kind: registry.Kind) -> list[dict[str, str]]:
+    from quantkit.recipe.plugins import summary
+
+    return [{"name": name, "summary": summary(kind, name)} for name in registry.names(kind)]
 
 
 def _presets(name: str) -> list[dict[str, Any]]:
     """One row per preset, the format's default marked."""
-    from quantkit.recipe.plugins import format_info
-    from quantkit.schemes import parse_scheme
-
-    info = format_info(name)
-    return [
-        {
-            "target": f"{name}:{preset}",
-            "bits_per_weight": _bits(registry.load("formats", name).FORMAT, parse_scheme(preset)),
-            "method": info.default_method(parse_scheme(preset)),
-            "note": "default" if preset == info.default_scheme else "",
-        }
-        for preset in info.presets
-    ]
-
-
-def _bits(layouts: Any, scheme: Any) -> float:
-    """Bits per weight of a matrix as the format stores it."""
     from quantkit.model.graph import Weight
+    from quantkit.protocols import Assigned, FormatFacts
+    from quantkit.recipe.plan import needs_of
+    from quantkit.recipe.plugins import format_info
 
-    specs = layouts.layout(Weight("model.layers.0.mlp.up_proj.weight", _EXAMPLE), scheme)
-    size: int = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
-    return 8 * size / math.prod(_EXAMPLE)
+    info, fmt = format_info(name), registry.load("formats", name).FORMAT
+    weight = Weight("model.layers.0.mlp.up_proj.weight", _EXAMPLE, "up")
+    rows = []
+    for preset in info.presets:
+        scheme = replace(info.parse(preset), scale_dtype=fmt.scale_dtype(_SOURCE))
+        method = info.default_method(scheme)
+        module = registry.load("methods", method)
+        facts = FormatFacts((Assigned(weight, scheme),), scheme, (), False, method, "", dtype=_SOURCE)
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in fmt.layout(weight, scheme))
+        engines, _ = fmt.engines(facts)
+        rows.append(
+            {
+                "target": f"{name}:{preset}",
+                "bits_per_weight": 8 * size / math.prod(_EXAMPLE),
+                "group": _group(scheme),
+                "method": method,
+                "calibrated": bool(needs_of(module.quantizer(module.Params()), (), (scheme,))),
+                "engines": list(engines),
+                "cpu": any(engine in _ON_CPU for engine in engines),
+                "default": preset == info.default_scheme,
+            }
+        )
+    return rows
+
+
+def _group(scheme: Scheme) -> str:
+    """What shares a scale, in words."""
+    if scheme.per_tensor:
+        return "tensor"
+    if scheme.tile is not None:
+        return f"{scheme.tile} x {scheme.tile}"
+    if scheme.group_size is None:
+        return "row"
+    return f"{scheme.group_size} {'outputs' if scheme.axis == 0 else 'inputs'}"

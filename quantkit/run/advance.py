@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from quantkit.errors import NumericsError
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet, StreamFile, StreamWriter
-from quantkit.tensors import QuantizedLinear, dequantize
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -68,21 +67,3 @@ class Streams:
         """Sums of the files written since the last call, for the commit."""
         written, self._written = self._written, {}
         return written
-
-
-class Dequantized(Mapping[str, Tensor]):
-    """Weight key → dequantized matrix, made when asked for: never more than one at a time in memory."""
-
-    def __init__(
-        self, linears: Mapping[str, QuantizedLinear], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._linears, self._dtype, self._device = linears, dtype, device
-
-    def __getitem__(self, key: str) -> Tensor:
-        return dequantize(self._linears[key].weight).to(self._device, self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._linears)
-
-    def __len__(self) -> int:
-        return len(self._linears)

@@ -154,8 +154,8 @@ class _Run:
     def _target_facts(self, target: TargetPlan) -> dict[str, Any]:
         """All that can change a target's codes."""
         calibration = self._rows.calibration
-        seen = calibration.sha256 if calibration is not None and target.needs else None
-        compute = self._compute_facts() if target.needs else {"source": self._fingerprint}
+        seen = calibration.sha256 if calibration is not None and target.calibrated else None
+        compute = self._compute_facts() if target.calibrated else {"source": self._fingerprint}
         return {**target.describe(), **compute, "calibration": seen}
 
     def _target_report(self, target: TargetPlan, store: RunStore, final: Any) -> TargetReport:
@@ -190,9 +190,11 @@ class _Run:
                 "revision": source.revision,
                 "fingerprint": self._fingerprint,
             },
-            "calibration": self._rows.calibration_json() if target.needs else None,
+            "calibration": self._rows.calibration_json() if target.calibrated else None,
             "options": dict(target.target.options),
             "feedback": target.target.feedback,
+            "transforms": [dataclasses.asdict(transform) for transform in target.target.transforms],
+            "kv_cache": target.target.kv_cache,
             **shown,
         }
 

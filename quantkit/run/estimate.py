@@ -73,8 +73,8 @@ def _stream_bytes(recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, to
     not at hand count as 700 windows."""
     c = recipe.calibration
     length = c.length or min(DEFAULT_LENGTH, context(checkpoint))
-    own = sum(1 for t in resolved.targets if t.needs and t.target.feedback)
-    shared = any(t.needs and not t.target.feedback for t in resolved.targets)
+    own = sum(1 for t in resolved.targets if t.calibrated and t.target.feedback)
+    shared = any(t.calibrated and not t.target.feedback for t in resolved.targets)
     tokens = c.rows * length * (own + shared)
     if recipe.eval.enabled:
         tokens += sum(_evaluated(text) for text in recipe.eval.perplexity) * (1 + len(resolved.targets))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantkit.checkpoint.atomic import PARTIAL, replace_dir, write_error, write_text
@@ -23,9 +24,10 @@ from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.files import Entry, entries
+from quantkit.run.results import BlockResult
 from quantkit.run.store import RunStore
 from quantkit.run.streams import sha256_file
-from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor
+from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear
 
 MANIFEST = "quantkit.json"
 
@@ -68,19 +70,20 @@ class Exporter:
     def _tensors(self, target: TargetPlan, key: str) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything the files hold, block by block."""
         for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
-            linears = self._linears(key, block)
+            result = self._result(key, block)
+            linears = result.by_name()
             for entry in group:
-                if entry.copied is not None:
-                    yield entry.copied, self.checkpoint.read(entry.copied)
-                elif entry.assigned is not None:
-                    tensors = _encode(target, entry.assigned, linears)
+                if entry.assigned is not None:
+                    tensors = _encode(target, entry.assigned, linears, self.checkpoint.dtype)
                     for spec in entry.specs:
                         yield spec.name, tensors[spec.name]
+                    continue
+                for spec in entry.specs:
+                    made = result.tensors.get(spec.name)
+                    yield spec.name, self.checkpoint.read(spec.name) if made is None else made
 
-    def _linears(self, key: str, block: int | None) -> dict[str, QuantizedLinear]:
-        if block is None:
-            return {}
-        return {linear.name: linear for linear in self.store.load(key, block)}
+    def _result(self, key: str, block: int | None) -> BlockResult:
+        return BlockResult(()) if block is None else self.store.load(key, block)
 
     def _side_files(self, target: TargetPlan, folder: Path, config: Mapping[str, Any]) -> None:
         model = {k: v for k, v in self.checkpoint.config.items() if k != "_name_or_path"}
@@ -97,16 +100,20 @@ class Exporter:
         """Every weight, read from the files by the format's own reader, must equal the store's."""
         written = Checkpoint.open(folder)
         for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
-            linears = self._linears(key, block)
+            result = self._result(key, block)
+            linears = result.by_name()
             for entry in group:
-                if entry.assigned is None:
-                    continue
-                name = entry.assigned.weight.key
-                tensors = {spec.name: written.read(spec.name) for spec in entry.specs}
-                found = target.format.decode(name, tensors, config)
-                if not _same(found.weight, linears[name].weight):
+                if entry.assigned is not None:
+                    name = entry.assigned.weight.key
+                    tensors = {spec.name: written.read(spec.name) for spec in entry.specs}
+                    same = _same(target.format.decode(name, tensors, config), linears[name])
+                else:
+                    name = entry.specs[0].name
+                    made = {s.name: t for s in entry.specs if (t := result.tensors.get(s.name)) is not None}
+                    same = all(_same(written.read(n), tensor) for n, tensor in made.items())
+                if not same:
                     raise VerifyError(
-                        f"`{name}` in `{folder}` does not read back as the codes that were stored",
+                        f"`{name}` in `{folder}` does not read back as what was stored",
                         remedy="this is a fault of the format's writer: please report it",
                     )
 
@@ -143,7 +150,7 @@ def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
 
 
 def _encode(
-    target: TargetPlan, assigned: Assigned, linears: Mapping[str, QuantizedLinear]
+    target: TargetPlan, assigned: Assigned, linears: Mapping[str, QuantizedLinear], dtype: str
 ) -> dict[str, Tensor]:
     linear = linears.get(assigned.weight.key)
     if linear is None or assigned.scheme is None:
@@ -151,7 +158,7 @@ def _encode(
             f"`{assigned.weight.key}` was to be quantized for {target.name} and is not in the store",
             remedy="run again with --restart, and report it if it happens again",
         )
-    return target.format.encode(linear, assigned.scheme)
+    return target.format.encode(linear, assigned.scheme, dtype)
 
 
 def _by_block(found: Iterator[Entry]) -> Iterator[tuple[int | None, list[Entry]]]:
@@ -166,22 +173,21 @@ def _by_block(found: Iterator[Entry]) -> Iterator[tuple[int | None, list[Entry]]
         yield group[0].block, group
 
 
-def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Equal in meaning and in every stored number."""
-    if not isinstance(a, Affine) or not isinstance(b, Affine):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        # bytes: some floats of 8 bits cannot be compared, and −0 is not 0
+        alike = a.dtype == b.dtype and a.shape == b.shape
+        return alike and torch.equal(_bytes(a), _bytes(b))
+    if type(a) is not type(b):
         return False
-    pairs: Sequence[tuple[Any, Any]] = (
-        (a.codes, b.codes),
-        (a.scale, b.scale),
-        (a.zero_point, b.zero_point),
-        (a.offset, b.offset),
-        (a.column_group, b.column_group),
-    )
-    equal = all(
-        (x is None and y is None) or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.equal(y))
-        for x, y in pairs
-    )
-    return equal and (a.bits, a.group) == (b.bits, b.group)
+    if isinstance(a, QuantizedLinear | Affine | Codebook | Float):
+        return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return bool(a == b)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def to_json_text(content: Mapping[str, Any]) -> str:

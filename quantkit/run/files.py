@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.model.graph import ModelGraph
@@ -14,7 +16,8 @@ from quantkit.recipe.plan import TargetPlan
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A group of file tensors: a source tensor copied byte for byte, or what a quantized weight becomes."""
+    """A group of file tensors: a source tensor (copied byte for byte unless a transform rewrote it), what a
+    quantized weight becomes, or (neither) tensors that the sweep made, as the scales of a cache."""
 
     specs: tuple[TensorSpec, ...]
     copied: str | None
@@ -38,6 +41,10 @@ def entries(target: TargetPlan, checkpoint: Checkpoint, graph: ModelGraph) -> It
                 yield Entry(target.format.layout(weight, scheme), None, Assigned(weight, scheme), block.index)
         for name in (*copied, *block.kept):
             yield _copy(checkpoint, name, block.index)
+        names = target.cache_names(block)
+        if names is not None:
+            dtype: torch.dtype = getattr(torch, target.default.scale_dtype)
+            yield Entry(tuple(TensorSpec(n, dtype, (1,)) for n in names), None, None, block.index)
     for name in (*graph.copied, *(n for n, w in outer.items() if w.role != "embed")):
         yield _copy(checkpoint, name, None)
 

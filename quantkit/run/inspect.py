@@ -16,7 +16,12 @@ from quantkit.run.plan import architecture
 from quantkit.run.table import Table
 
 # quant_method in config.json → the format that reads it
-_METHODS = {"gptq": "gptq", "compressed-tensors": "compressed_tensors"}
+_METHODS = {
+    "gptq": "gptq",
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "hqq",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        return any(target.needs for target in self.targets)
+        return any(target.calibrated for target in self.targets)
 
     def check(self) -> None:
         """Raise UnsupportedError with every blocker."""
@@ -91,7 +91,7 @@ class Plan:
             "size_bytes": self.shards[target.name].total_bytes,
             "bits_per_weight": self.bits_per_weight(target),
             "quantized_parameters": quantized_parameters(target),
-            "needs_calibration": bool(target.needs),
+            "needs_calibration": target.calibrated,
             "engines": list(loads),
             "notes": list(notes),
         }
@@ -183,7 +183,7 @@ def architecture(checkpoint: Checkpoint) -> str:
 
 
 def _calibration_cell(target: TargetPlan) -> str:
-    if not target.needs:
+    if not target.calibrated:
         return "none"
     return "own stream" if target.target.feedback else "shared"
 

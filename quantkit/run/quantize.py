@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError
+from quantkit.model.fused import fused_sets
 from quantkit.model.graph import Site, Weight
+from quantkit.numerics.inputs import input_scale
 from quantkit.numerics.nearest import nearest
 from quantkit.protocols import Outcome, Quantizer
 from quantkit.recipe.plan import TargetPlan
@@ -31,6 +33,8 @@ class TensorMetrics:
             weighted by mean square when only those are known; of the weights otherwise; on at most
             _MEASURED_ROWS evenly spaced rows
     metric  which of the three: `output`, `weighted`, `weights`
+    note    a fallback, a raised damping, a transform that was not applied
+    facts   other numbers by name (`outlier_columns`)
     """
 
     name: str
@@ -39,6 +43,7 @@ class TensorMetrics:
     error: float
     metric: str
     note: str | None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,68 +57,137 @@ class Made:
     metrics: TensorMetrics
 
 
+@dataclass(frozen=True, slots=True)
+class Rescaled:
+    """The inputs of a site as a target sees them: divided by `factors` (in,), or as they are (None).
+
+    note  why a transform was not applied
+    """
+
+    factors: Tensor | None = None
+    note: str | None = None
+
+    def told(self, made: Made) -> Made:
+        """`made` with this in its metrics: a reason, or the largest factor beside the smallest."""
+        metrics = made.metrics
+        if self.note is not None:
+            both = self.note if metrics.note is None else f"{metrics.note}; {self.note}"
+            metrics = replace(metrics, note=both)
+        if self.factors is not None:
+            spread = float(self.factors.max() / self.factors.min())
+            metrics = replace(metrics, facts={**metrics.facts, "rescaled_spread": spread})
+        return replace(made, metrics=metrics)
+
+
 def quantize_site(
-    site: Site, stats: Statistics | None, weight_of: Callable[[Weight], Tensor], targets: Sequence[TargetPlan]
+    site: Site,
+    stats: Statistics | None,
+    weight_of: Callable[[Weight], Tensor],
+    targets: Sequence[TargetPlan],
+    rescaled: Mapping[str, Rescaled],
 ) -> dict[str, list[Made]]:
     """Codes for every weight of a site, by target name.
 
     Weights of one scheme are stacked and solved together: rows are independent. What a site prepares
-    is shared by targets that ask for the same thing.
+    is shared by targets that ask for the same thing. `rescaled` holds what transforms did, by target name.
     """
     prepared: dict[tuple[Quantizer[Any], Scheme], Any] = {}
     made: dict[str, list[Made]] = {}
     for target in targets:
-        by_scheme: dict[Scheme, list[Weight]] = {}
-        for weight in site.weights:
-            scheme = target.scheme_of(weight)
-            if scheme is not None:
-                by_scheme.setdefault(scheme, []).append(weight)
-        for scheme, weights in by_scheme.items():
+        own = rescaled.get(target.name, Rescaled())
+        source = _Source(site, stats, weight_of).through(own.factors)
+        shared = prepared if own.factors is None else {}
+        for scheme, weights in _by_scheme(site, target).items():
             key = (target.quantizer, scheme)
-            if key not in prepared:
-                prepared[key] = _prepare(site, stats, target.quantizer, scheme)
-            for stack in [[w] for w in weights] if scheme.per_tensor else [weights]:
-                made.setdefault(target.name, []).extend(
-                    _solve(stack, stats, weight_of, target.quantizer, scheme, prepared[key])
-                )
+            if key not in shared:
+                shared[key] = source.prepare(target.quantizer, scheme)
+            for stack in _stacks(weights, scheme, target.quantizer):
+                results = source.solve(stack, target.quantizer, scheme, shared[key])
+                made.setdefault(target.name, []).extend(own.told(m) for m in results)
     return made
 
 
-def _prepare(site: Site, stats: Statistics | None, quantizer: Quantizer[Any], scheme: Scheme) -> Any:
-    starved = quantizer.needs is not Need.NOTHING and (stats is None or stats.tokens == 0)
-    if not starved:
-        return quantizer.prepare(stats, scheme)
-    if ".experts." in site.weights[0].name or site.weights[0].part is not None:
-        return None
-    raise NumericsError(
-        f"no calibration token reached `{site.id}`, which `{site.weights[0].name}` needs",
-        remedy="this is a fault of the observation, not of the text: please report it",
-    )
+def _by_scheme(site: Site, target: TargetPlan) -> dict[Scheme, list[Weight]]:
+    found: dict[Scheme, list[Weight]] = {}
+    for weight in site.weights:
+        scheme = target.scheme_of(weight)
+        if scheme is not None:
+            found.setdefault(scheme, []).append(weight)
+    return found
 
 
-def _solve(
-    weights: Sequence[Weight],
-    stats: Statistics | None,
-    weight_of: Callable[[Weight], Tensor],
-    quantizer: Quantizer[Any],
-    scheme: Scheme,
-    prepared: Any,
-) -> list[Made]:
-    stacked = torch.cat([weight_of(w).to(torch.float32) for w in weights])
-    if prepared is None and quantizer.needs is not Need.NOTHING:
-        outcome = _starved(stacked, scheme)
+def _stacks(
+    weights: Sequence[Weight], scheme: Scheme, quantizer: Quantizer[Any]
+) -> Iterator[Sequence[Weight]]:
+    """Weights that are solved together: all, one by one where rows share scales, or those that engines
+    fuse where these must share the scale of the tensor."""
+    if scheme.ties_rows or quantizer.ties_rows:
+        yield from ([weight] for weight in weights)
+    elif scheme.numbers == "nvfp4":
+        yield from fused_sets(weights)
     else:
-        outcome = quantizer.quantize(stacked, prepared, scheme)
-    made, row = [], 0
-    for weight in weights:
-        own = slice(row, row + weight.shape[0])
-        part = rows(outcome.weight, own)
-        row = own.stop
-        error, metric = relative_error(stacked[own], part, stats)
-        tokens = 0 if stats is None else stats.tokens
-        metrics = TensorMetrics(weight.key, scheme.name, tokens, error, metric, outcome.note)
-        made.append(Made(QuantizedLinear(weight.key, _on_cpu(part)), metrics))
-    return made
+        yield weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The weights of a site and what was seen there, as one target sees them."""
+
+    site: Site
+    stats: Statistics | None
+    weight_of: Callable[[Weight], Tensor]
+
+    def through(self, factors: Tensor | None) -> _Source:
+        """Inputs divided by `factors` (in,), columns of weights multiplied."""
+        if factors is None:
+            return self
+        read = self.weight_of
+        stats = None if self.stats is None else self.stats.through(factors)
+        return _Source(self.site, stats, lambda weight: read(weight).to(torch.float32) * factors)
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.stats is None else self.stats.tokens
+
+    def prepare(self, quantizer: Quantizer[Any], scheme: Scheme) -> Any:
+        if quantizer.needs is Need.NOTHING or self.tokens:
+            return quantizer.prepare(self.stats, scheme)
+        if ".experts." in self.site.weights[0].name or self.site.weights[0].part is not None:
+            return None
+        raise NumericsError(
+            f"no calibration token reached `{self.site.id}`, which `{self.site.weights[0].name}` needs",
+            remedy="this is a fault of the observation, not of the text: please report it",
+        )
+
+    def solve(
+        self, weights: Sequence[Weight], quantizer: Quantizer[Any], scheme: Scheme, prepared: Any
+    ) -> list[Made]:
+        """Codes of weights of one scheme, stacked."""
+        stacked = torch.cat([self.weight_of(w).to(torch.float32) for w in weights])
+        if prepared is None and quantizer.needs is not Need.NOTHING:
+            outcome = _starved(stacked, scheme)
+        else:
+            outcome = quantizer.quantize(stacked, prepared, scheme)
+        inputs = self._input_scale(scheme)
+        made, row = [], 0
+        for weight in weights:
+            own = slice(row, row + weight.shape[0])
+            part = outcome.weight if len(weights) == 1 else rows(outcome.weight, own)
+            row = own.stop
+            error, metric = relative_error(stacked[own], part, self.stats)
+            metrics = TensorMetrics(
+                weight.key, scheme.name, self.tokens, error, metric, outcome.note, outcome.facts
+            )
+            made.append(Made(QuantizedLinear(weight.key, _on_cpu(part), inputs), metrics))
+        return made
+
+    def _input_scale(self, scheme: Scheme) -> Tensor | None:
+        """The one scale of static inputs, (1,) in the dtype of scales."""
+        if scheme.activations is None or scheme.activations.dynamic:
+            return None
+        if self.stats is None or self.stats.absmax is None:
+            raise NumericsError(f"static inputs of `{self.site.id}` need statistics, and none were taken")
+        return input_scale(self.stats.absmax, scheme).cpu()
 
 
 def _starved(weight: Tensor, scheme: Scheme) -> Outcome:
@@ -124,15 +198,16 @@ def _starved(weight: Tensor, scheme: Scheme) -> Outcome:
 
 
 def rows(q: QuantizedTensor, chosen: slice) -> QuantizedTensor:
-    """Some rows of a quantized tensor; groups span one row or all of them."""
+    """Some rows of a quantized tensor whose groups span one row or all of them."""
+    whole = q.group[0] != 1
 
     def cut(v: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-        if q.group[0] != 1:
+        if whole:
             return v
         return v[chosen] if isinstance(v, Tensor) else rows(v, chosen)
 
     count = len(range(*chosen.indices(shape(q)[0])))
-    group = (1 if q.group[0] == 1 else count, q.group[1])
+    group = (count if whole else 1, q.group[1])
     match q:
         case Affine():
             zero = q.zero_point
@@ -141,13 +216,21 @@ def rows(q: QuantizedTensor, chosen: slice) -> QuantizedTensor:
                 codes=q.codes[chosen],
                 scale=cut(q.scale),
                 group=group,
-                zero_point=None if zero is None else zero if q.group[0] != 1 else zero[chosen],
+                zero_point=zero if zero is None or whole else zero[chosen],
                 offset=None if q.offset is None else cut(q.offset),
             )
         case Float():
             return replace(q, values=q.values[chosen], scale=cut(q.scale), group=group)
         case Codebook():
             return replace(q, codes=q.codes[chosen], scale=cut(q.scale), group=group)
+
+
+def _row_by_row(q: QuantizedTensor) -> bool:
+    """Whether `rows` can cut it: groups span one row or all, and so do those of its scales."""
+    flat = not isinstance(q.scale, Tensor) and shape(q.scale)[0] == 1 and shape(q)[0] != 1
+    apart = isinstance(q, Affine) and q.row_group is not None
+    nested = isinstance(q.scale, Tensor) or _row_by_row(q.scale)
+    return q.group[0] in (1, shape(q)[0]) and not flat and not apart and nested
 
 
 def _on_cpu(q: QuantizedTensor) -> QuantizedTensor:
@@ -174,7 +257,8 @@ def relative_error(w: Tensor, q: QuantizedTensor, stats: Statistics | None) -> t
     importance = seen.importance() if seen is not None and known else None
     chosen = slice(None, None, -(-w.shape[0] // _MEASURED_ROWS))
     part = w[chosen]
-    delta = dequantize(rows(q, chosen)).to(w.device) - part
+    found = dequantize(rows(q, chosen)) if _row_by_row(q) else dequantize(q)[chosen]
+    delta = found.to(w.device) - part
 
     def power(x: Tensor) -> float:
         if gram is not None:

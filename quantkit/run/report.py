@@ -30,6 +30,12 @@ class TargetReport:
     quality: tuple[Quality, ...]
 
     @property
+    def outliers(self) -> tuple[int, int] | None:
+        """(outlier columns, weights that meet any), None when nobody counted."""
+        counts = [int(t.facts["outlier_columns"]) for t in self.tensors if "outlier_columns" in t.facts]
+        return (sum(counts), sum(count > 0 for count in counts)) if counts else None
+
+    @property
     def fallbacks(self) -> int:
         """Weights whose method fell back or had to be helped."""
         return sum(t.note is not None for t in self.tensors)
@@ -121,6 +127,12 @@ class Report:
         for target in self.targets:
             if target.fallbacks:
                 notes.append(f"{target.name}: {target.fallbacks} weights needed help, see report.json")
+            if target.outliers is not None:
+                columns, sites = target.outliers
+                notes.append(
+                    f"{target.name}: calibration saw {columns:,} outlier columns in {sites:,} weights, which "
+                    "LLM.int8 computes in 16 bit"
+                )
             if any(q.ratio.value < 1 - 2 * q.ratio.error for q in target.quality):
                 notes.append(
                     f"{target.name}: perplexity lies below the source's: the calibration text resembles the "

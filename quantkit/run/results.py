@@ -1,4 +1,4 @@
-"""Quantized tensors as flat safetensors bytes for the run store, and back.
+"""Results of a block as flat safetensors bytes for the run store, and back.
 
 Codes are packed densely, so the store costs about one quantized copy of the model. Nesting is kept
 in one JSON document in the file's metadata.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import torch
@@ -18,20 +19,45 @@ from quantkit.numerics.bits import pack, unpack
 from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor
 
 _META = "quantkit"
+_E8M0 = torch.float8_e8m0fnu
+# a prefix that no checkpoint name has
+_TENSOR = "|tensor|"
 
 
-def to_bytes(linears: Sequence[QuantizedLinear], extra: Mapping[str, Any]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What one target made of one block.
+
+    linears  its quantized weights
+    tensors  file tensors beside them: rewritten ones of the source by their name, scales of a cache
+    """
+
+    linears: Sequence[QuantizedLinear]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def by_name(self) -> dict[str, QuantizedLinear]:
+        return {linear.name: linear for linear in self.linears}
+
+
+def to_bytes(result: BlockResult, extra: Mapping[str, Any]) -> bytes:
     """One block of one target; `extra` is JSON that travels along (metrics)."""
     tensors: dict[str, Tensor] = {}
-    layout = {linear.name: _flatten(linear.name, linear.weight, tensors) for linear in linears}
+    layout = {linear.name: _linear_form(linear, tensors) for linear in result.linears}
+    for name, tensor in result.tensors.items():
+        _flatten(_TENSOR + name, tensor, tensors)
     return save(tensors, {_META: json.dumps({"weights": layout, "extra": extra})})
 
 
-def from_bytes(data: bytes) -> list[QuantizedLinear]:
-    """The linears that `to_bytes` was given, equal in every bit."""
+def from_bytes(data: bytes) -> BlockResult:
+    """The result that `to_bytes` was given, equal in every bit."""
     tensors = load(data)
     layout = _metadata(data)["weights"]
-    return [QuantizedLinear(name, _rebuild(name, form, tensors)) for name, form in layout.items()]
+    linears = [
+        QuantizedLinear(name, _rebuild(name, form, tensors), tensors.get(f"{name}|input_scale"))
+        for name, form in layout.items()
+    ]
+    beside = {n.removeprefix(_TENSOR): t for n, t in tensors.items() if n.startswith(_TENSOR)}
+    return BlockResult(linears, beside)
 
 
 def extra(data: bytes) -> Mapping[str, Any]:
@@ -47,6 +73,11 @@ def _metadata(data: bytes) -> dict[str, Any]:
     return found
 
 
+def _linear_form(linear: QuantizedLinear, tensors: dict[str, Tensor]) -> Any:
+    _flatten(f"{linear.name}|input_scale", linear.input_scale, tensors)
+    return _flatten(linear.name, linear.weight, tensors)
+
+
 def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[str, Tensor]) -> Any:
     match value:
         case None:
@@ -54,6 +85,10 @@ def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[st
         case Tensor():
             # weights of one site may share a tensor (a column order), which the library refuses to write
             tensors[name] = value.contiguous().cpu().clone()
+            if value.dtype == _E8M0:
+                # the library writes this dtype and cannot read it
+                tensors[name] = tensors[name].view(torch.uint8)
+                return "e8m0"
             return "tensor"
         case Float():
             _flatten(f"{name}|values", value.values, tensors)
@@ -63,12 +98,9 @@ def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[st
             shifted = value.codes.to(torch.int32) + ((1 << (value.bits - 1)) if signed else 0)
             tensors[f"{name}|codes"] = pack(shifted, value.bits).cpu()
             form = {"type": "affine" if isinstance(value, Affine) else "codebook", "signed": signed}
-            if isinstance(value, Codebook):
-                _flatten(f"{name}|table", value.table, tensors)
-            else:
-                form["zero_point"] = _flatten(f"{name}|zero_point", value.zero_point, tensors)
-                form["offset"] = _flatten(f"{name}|offset", value.offset, tensors)
-                form["column_group"] = _flatten(f"{name}|column_group", value.column_group, tensors)
+            fields = ("table", "offset") if isinstance(value, Codebook) else _AFFINE
+            for part in fields:
+                form[part] = _flatten(f"{name}|{part}", getattr(value, part), tensors)
             form["columns"] = value.codes.shape[1]
         case _:
             assert_never(value)
@@ -80,6 +112,9 @@ def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[st
     return form
 
 
+_AFFINE = ("zero_point", "offset", "column_group", "row_group")
+
+
 def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     bits, group = form["bits"], (form["group"][0], form["group"][1])
     scale = _value(f"{name}|scale", form["scale"], tensors)
@@ -89,18 +124,25 @@ def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTe
     if form["signed"]:
         codes = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
     if form["type"] == "codebook":
-        return Codebook(codes, bits, tensors[f"{name}|table"], scale, group)
-    offset = None if form["offset"] is None else _value(f"{name}|offset", form["offset"], tensors)
+        offset = tensors[f"{name}|offset"] if form["offset"] else None
+        return Codebook(codes, bits, tensors[f"{name}|table"], scale, group, offset)
     return Affine(
         codes,
         bits,
         scale,
         group,
         tensors[f"{name}|zero_point"] if form["zero_point"] else None,
-        offset,
+        None if form["offset"] is None else _value(f"{name}|offset", form["offset"], tensors),
         tensors[f"{name}|column_group"] if form["column_group"] else None,
+        tensors[f"{name}|row_group"] if form["row_group"] else None,
     )
 
 
 def _value(name: str, form: Any, tensors: Mapping[str, Tensor]) -> Tensor | QuantizedTensor:
-    return tensors[name] if form == "tensor" else _rebuild(name, form, tensors)
+    match form:
+        case "tensor":
+            return tensors[name]
+        case "e8m0":
+            return tensors[name].view(_E8M0)
+        case _:
+            return _rebuild(name, form, tensors)

@@ -25,8 +25,8 @@ from typing import IO, Any
 from quantkit.checkpoint.atomic import fsync_dir, write_bytes, write_error
 from quantkit.errors import ResumeError, UsageError
 from quantkit.run import results
+from quantkit.run.results import BlockResult
 from quantkit.run.streams import sha256_file
-from quantkit.tensors import QuantizedLinear
 
 JOURNAL = "journal.jsonl"
 _GENERATIONS = 2
@@ -105,7 +105,7 @@ class RunStore:
         """The evaluation of a finished target, or None."""
         return self._state.finals.get((target, scores_key))
 
-    def load(self, target: str, block: int) -> list[QuantizedLinear]:
+    def load(self, target: str, block: int) -> BlockResult:
         """Results of a committed block."""
         return results.from_bytes(self._read(target, block))
 
@@ -125,7 +125,7 @@ class RunStore:
     def commit(
         self,
         block: int,
-        made: Mapping[str, tuple[Sequence[QuantizedLinear], Mapping[str, Any]]],
+        made: Mapping[str, tuple[BlockResult, Mapping[str, Any]]],
         streams_key: str,
         streams: Mapping[str, str],
     ) -> None:
@@ -134,10 +134,10 @@ class RunStore:
         The stream files are already in place; this makes them and the results count.
         """
         sums = {}
-        for target, (linears, extra) in made.items():
+        for target, (result, extra) in made.items():
             path = self._result_path(target, block)
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = results.to_bytes(linears, extra)
+            data = results.to_bytes(result, extra)
             write_bytes(path, data)
             sums[target] = hashlib.sha256(data).hexdigest()
         self._append({"block": block, "results": sums, "streams_key": streams_key, "streams": dict(streams)})

@@ -20,13 +20,15 @@ from quantkit.errors import Interrupted
 from quantkit.model.graph import Block, Site
 from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
-from quantkit.run.advance import Dequantized, Streams
+from quantkit.run.advance import Streams
 from quantkit.run.budget import release_memory, waves
+from quantkit.run.fold import Fold, Proof, fold_site
 from quantkit.run.progress import BlockError, BlockInfo, Progress
-from quantkit.run.quantize import Made, TensorMetrics, quantize_site
+from quantkit.run.quantize import Made, Rescaled, TensorMetrics, quantize_site
+from quantkit.run.replay import CacheRange, QuantizedBlock
+from quantkit.run.results import BlockResult
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
-from quantkit.tensors import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,13 @@ class SweepPlan:
 
     def stream_rows(self) -> Iterator[tuple[str, RowSet]]:
         """Every (stream, rows) that travels from block to block; a target's stream is named by its key."""
-        if self.calibration is not None and any(t.needs and not t.target.feedback for t in self.targets):
+        if self.calibration is not None and any(t.calibrated and not t.target.feedback for t in self.targets):
             yield REFERENCE, self.calibration
         for rows in self.evaluation:
             yield REFERENCE, rows
         for target in self.targets:
             own = self.keys[target.name]
-            if self.calibration is not None and target.needs and target.target.feedback:
+            if self.calibration is not None and target.calibrated and target.target.feedback:
                 yield own, self.calibration
             for rows in self.evaluation:
                 yield own, rows
@@ -133,85 +135,99 @@ class Sweep:
         began = time.monotonic()
         fresh = [t for t in self._plan.targets if t.name not in stored]
         held = _Held(self._runtime, block.index)
-        made: dict[str, list[Made]] = {t.name: [] for t in fresh}
-        self._reference(held, block, [t for t in fresh if not t.target.feedback], made)
+        made = {t.name: _Making(t) for t in fresh}
+        self._reference(held, block, [made[t.name] for t in fresh if not t.target.feedback])
         for target in fresh:
             if target.target.feedback:
-                self._collect(held, block, self._plan.keys[target.name], [target], made)
-        _report(made, progress)
-        linears = {name: [m.linear for m in results] for name, results in made.items()}
+                self._collect(held, block, self._plan.keys[target.name], [made[target.name]])
+        results = {name: making.result(block) for name, making in made.items()}
+        metrics = {name: making.metrics() for name, making in made.items()}
+        _report(metrics, progress)
+        every = dict(results)
         for name in stored:
-            linears[name] = self._store.load(self._plan.keys[name], block.index)
-        self._advance_targets(held, block.index, linears)
+            every[name] = self._store.load(self._plan.keys[name], block.index)
+        self._advance_targets(held, block, every)
         self._store.commit(
             block.index,
             {
-                self._plan.keys[name]: (linears[name], {"tensors": [m.metrics.to_json() for m in results]})
-                for name, results in made.items()
+                self._plan.keys[name]: (result, {"tensors": [m.to_json() for m in metrics[name]]})
+                for name, result in results.items()
             },
             self._plan.streams_key,
             self._streams.take_written(),
         )
-        return _info(block, made, time.monotonic() - began)
+        return _info(block, metrics, time.monotonic() - began)
 
-    def _reference(
-        self, held: _Held, block: Block, fresh: Sequence[TargetPlan], made: dict[str, list[Made]]
-    ) -> None:
+    def _reference(self, held: _Held, block: Block, fresh: Sequence[_Making]) -> None:
         """Move the reference stream on, gather its statistics, and choose codes from them."""
         for rows in self._plan.evaluation:
             self._streams.advance(block.index, REFERENCE, rows, held.get().run)
         travels = {(stream, rows.name) for stream, rows in self._plan.stream_rows()}
         if self._plan.calibration is not None and (REFERENCE, self._plan.calibration.name) in travels:
-            self._collect(held, block, REFERENCE, fresh, made)
+            self._collect(held, block, REFERENCE, fresh)
         else:
-            self._quantize(block.sites, None, held, fresh, made)
+            self._quantize(block.sites, None, held, None, fresh)
 
-    def _collect(
-        self,
-        held: _Held,
-        block: Block,
-        stream: str,
-        targets: Sequence[TargetPlan],
-        made: dict[str, list[Made]],
-    ) -> None:
+    def _collect(self, held: _Held, block: Block, stream: str, makings: Sequence[_Making]) -> None:
         """Run calibration rows of a stream through the untouched block, wave by wave, and quantize."""
         rows = self._plan.calibration
         if rows is None:
             raise ValueError("statistics are wanted, and there are no calibration rows")
-        needs = _needs(block.sites, targets)
+        needs = _needs(block.sites, [m.target for m in makings])
         moves = stream == REFERENCE
+        cache = CacheRange() if any(m.target.cache_names(block) for m in makings) else None
         for wave in waves(block.sites, needs, self._plan.statistics_bytes):
             last = wave[-1] is block.sites[-1]
             widths = {site.id: site.width for site in wave}
             recorder = Recorder(widths, {site.id: needs[site.id] for site in wave}, self._runtime.device)
             loaded = held.get()
             batches = self._streams.batches(block.index, stream, rows)
-            outputs = (loaded.run(states, recorder) for _, states in batches)
+            outputs = (loaded.run(states, recorder, cache=cache) for _, states in batches)
             if last and moves:
                 self._streams.write(block.index + 1, stream, rows, outputs)
             else:
                 for _ in outputs:
                     pass
             del loaded, outputs
-            self._quantize(wave, recorder, held, targets, made)
+            self._quantize(wave, recorder, held, self._proof(held, block, stream), makings)
+        for making in makings:
+            making.cache = cache
+
+    def _proof(self, held: _Held, block: Block, stream: str) -> Proof | None:
+        """The first micro-batch of a calibration stream, on which folds are proven."""
+        rows = self._plan.calibration
+        if rows is None:
+            return None
+        first = next(rows.batches(self._streams.batch_tokens))
+        return Proof(
+            held.get, lambda: self._streams.file(block.index, stream, rows).read(first, self._runtime.device)
+        )
 
     def _quantize(
         self,
         sites: Sequence[Site],
         recorder: Recorder | None,
         held: _Held,
-        targets: Sequence[TargetPlan],
-        made: dict[str, list[Made]],
+        proof: Proof | None,
+        makings: Sequence[_Making],
     ) -> None:
         held.drop()
+        targets = [m.target for m in makings]
         for site in sites:
             stats: Statistics | None = None if recorder is None else recorder.take(site.id)
-            for name, results in quantize_site(site, stats, self._runtime.read, targets).items():
-                made[name] += results
+            rescaled = {}
+            for making in makings:
+                if stats is None or proof is None or not making.target.transforms:
+                    continue
+                rescaled[making.target.name] = making.keep(
+                    fold_site(site, stats, making.target, self._runtime, proof)
+                )
+                held.drop()
+            results = quantize_site(site, stats, self._runtime.read, targets, rescaled)
+            for making in makings:
+                making.made += results.get(making.target.name, [])
 
-    def _advance_targets(
-        self, held: _Held, block: int, linears: Mapping[str, Sequence[QuantizedLinear]]
-    ) -> None:
+    def _advance_targets(self, held: _Held, block: Block, results: Mapping[str, BlockResult]) -> None:
         """Every target's own rows through its quantized block."""
         # targets that differ in their format alone have one key, the same codes and one stream
         by_stream = {self._plan.keys[target.name]: target for target in self._plan.targets}
@@ -219,11 +235,38 @@ class Sweep:
             own = {rows.name: rows for stream, rows in self._plan.stream_rows() if stream == key}
             if not own:
                 continue
-            by_key = {linear.name: linear for linear in linears[target.name]}
-            quantized = Dequantized(by_key, self._runtime.dtype, self._runtime.device)
-            with held.get().replaced(quantized) as loaded:
+            quantized = QuantizedBlock(target, block, results[target.name])
+            with quantized.within(held.get(), self._runtime) as forward:
                 for rows in own.values():
-                    self._streams.advance(block, key, rows, loaded.run)
+                    self._streams.advance(block.index, key, rows, forward)
+
+
+class _Making:
+    """What is being made of one block for one target."""
+
+    def __init__(self, target: TargetPlan) -> None:
+        self.target = target
+        self.made: list[Made] = []
+        self.cache: CacheRange | None = None
+        self._folds: list[Fold] = []
+
+    def keep(self, fold: Fold | str | None) -> Rescaled:
+        """Remember a fold; what the site's weights are to know of it."""
+        if fold is None or isinstance(fold, str):
+            return Rescaled(note=fold)
+        self._folds.append(fold)
+        return Rescaled(fold.factors)
+
+    def result(self, block: Block) -> BlockResult:
+        tensors = {name: tensor for fold in self._folds for name, tensor in fold.tensors.items()}
+        names = self.target.cache_names(block)
+        kind = self.target.target.kv_cache
+        if self.cache is not None and kind is not None and names is not None:
+            tensors |= self.cache.scales(names, kind, self.target.default.scale_dtype)
+        return BlockResult([m.linear for m in self.made], tensors)
+
+    def metrics(self) -> list[TensorMetrics]:
+        return [m.metrics for m in self.made]
 
 
 def _needs(sites: Sequence[Site], targets: Sequence[TargetPlan]) -> dict[str, Need]:
@@ -241,17 +284,16 @@ def _needs(sites: Sequence[Site], targets: Sequence[TargetPlan]) -> dict[str, Ne
     return union
 
 
-def _report(made: Mapping[str, Sequence[Made]], progress: Progress) -> None:
-    for target, results in made.items():
-        for result in results:
-            progress.tensor(target, result.metrics.name, result.metrics.error)
+def _report(made: Mapping[str, Sequence[TensorMetrics]], progress: Progress) -> None:
+    for target, metrics in made.items():
+        for row in metrics:
+            progress.tensor(target, row.name, row.error)
 
 
-def _info(block: Block, made: Mapping[str, Sequence[Made]], seconds: float) -> BlockInfo:
+def _info(block: Block, made: Mapping[str, Sequence[TensorMetrics]], seconds: float) -> BlockInfo:
     errors: dict[str, BlockError] = {}
     fallbacks = 0
-    for target, results in made.items():
-        metrics: list[TensorMetrics] = [r.metrics for r in results]
+    for target, metrics in made.items():
         if metrics:
             worst = max(metrics, key=lambda m: m.error)
             mean = sum(m.error for m in metrics) / len(metrics)

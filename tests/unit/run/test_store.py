@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from quantkit.errors import ResumeError, UsageError
+from quantkit.run.results import BlockResult
 from quantkit.run.store import JOURNAL, RunStore
 from quantkit.schemes import Scheme
-from quantkit.tensors import QuantizedLinear
-from tests.quantized import random_affine, same
+from tests.quantized import random_linear, same
 
 KEY, STREAMS = "target-key", "streams-key"
 NAMES = ("reference.calibration", "target.calibration")
@@ -29,10 +29,11 @@ def opened(root: Path, *, restart: bool = False) -> Iterator[RunStore]:
         store.close()
 
 
-def linear(seed: int) -> QuantizedLinear:
-    return QuantizedLinear(
-        "w.weight", random_affine((4, 8), Scheme(4, 4), torch.Generator().manual_seed(seed))
-    )
+def result(seed: int) -> BlockResult:
+    """A weight, and a norm that a transform rewrote."""
+    rng = torch.Generator().manual_seed(seed)
+    linear = random_linear("w.weight", (4, 8), Scheme(4, 4), rng)
+    return BlockResult([linear], {"norm.weight": torch.randn(8, generator=rng).to(torch.bfloat16)})
 
 
 def commit(store: RunStore, block: int, *targets: str) -> None:
@@ -43,7 +44,7 @@ def commit(store: RunStore, block: int, *targets: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"{name} {block}".encode())
         sums[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    made = {target: ([linear(block)], {"block": block}) for target in targets or (KEY,)}
+    made = {target: (result(block), {"block": block}) for target in targets or (KEY,)}
     store.commit(block, made, STREAMS, sums)
 
 
@@ -69,8 +70,10 @@ def test_what_was_committed_is_there_after_reopening(tmp_path: Path) -> None:
         assert store.metrics(KEY, 1) == {"block": 1}
         assert store.final(KEY, STREAMS) == {"kl": 0.5}
         assert store.final(KEY, "other streams") is None
-        (found,) = store.load(KEY, 1)
-        assert same(found.weight, linear(1).weight)
+        found, expected = store.load(KEY, 1), result(1)
+        assert same(found.by_name()["w.weight"].weight, expected.linears[0].weight)
+        assert list(found.tensors) == ["norm.weight"]
+        assert same(found.tensors["norm.weight"], expected.tensors["norm.weight"])
 
 
 def test_the_journal_has_a_line_per_commit(tmp_path: Path) -> None:

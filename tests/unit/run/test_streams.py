@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from quantkit.errors import RunError
-from quantkit.run.advance import Dequantized, Streams
+from quantkit.run.advance import Streams
 from quantkit.run.store import RunStore
 from quantkit.run.streams import RowSet, StreamFile, StreamWriter, sha256_file
-from quantkit.schemes import Scheme
-from quantkit.tensors import QuantizedLinear, dequantize
-from tests.quantized import random_affine
 
 CPU = torch.device("cpu")
 
@@ -110,11 +107,3 @@ def test_an_error_on_the_way_leaves_no_stream(store: RunStore) -> None:
     assert streams.take_written() == {}
     assert list((store.root / "streams" / "0001").iterdir()) == []
     store.close()
-
-
-def test_dequantized_weights_are_made_when_asked_for(rng: torch.Generator) -> None:
-    q = random_affine((4, 8), Scheme(4, 4), rng)
-    made = Dequantized({"a": QuantizedLinear("a", q)}, torch.bfloat16, CPU)
-    assert list(made) == ["a"] and len(made) == 1
-    assert torch.equal(made["a"], dequantize(q).to(torch.bfloat16))
-    assert made["a"] is not made["a"]
