@@ -25,6 +25,8 @@ _OPTIONAL = (
         "quantkit[compressed-tensors]",
     ),
     ("gptqmodel", "loads GPTQ results in transformers", "quantkit[gptq]"),
+    ("bitsandbytes", "loads NF4, FP4 and LLM.int8 results in transformers", "quantkit[bitsandbytes]"),
+    ("hqq", "loads HQQ results", "quantkit[hqq]"),
     ("datasets", "further calibration sets of the Hub", "datasets"),
 )
 

@@ -16,6 +16,7 @@ _FORMATS = (("ct", "compressed_tensors"), ("bnb", "bitsandbytes"))
 # what people call a result, as the format and the scheme that it stands for
 _RESULTS = (
     ("nf4", ("bitsandbytes", "nf4")),
+    ("nf4_dq", ("bitsandbytes", "nf4_dq")),
     ("fp4", ("bitsandbytes", "fp4")),
     ("int8", ("bitsandbytes", "int8")),
     ("llm_int8", ("bitsandbytes", "int8")),

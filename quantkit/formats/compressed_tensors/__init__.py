@@ -60,8 +60,8 @@ def parse(text: str) -> Scheme:
     """The scheme of a preset name, ours or one of llm-compressor's, in any case.
 
     w4a16, w8a16 …, w4a16_asym → w4g128, w8g128 …, w4g128_asym; int8 → w8a8; fp8_dynamic → fp8a8;
-    fp8_static → fp8a8_tensor_static; nvfp4a16, mxfp4a16 → nvfp4, mxfp4. A name without a8 or a16 means
-    weights alone here: fp8, fp8_block, nvfp4 and mxfp4 round no inputs, as they do in llm-compressor.
+    fp8_static → fp8a8_tensor_static; nvfp4a16, mxfp4a16 → nvfp4, mxfp4. Only a8 rounds inputs: fp8,
+    fp8_block, nvfp4 and mxfp4 are weights alone here, where llm-compressor's of these names round inputs too.
     """
     name = text.strip().lower()
     return parse_scheme(_NAMES.get(name, text))
