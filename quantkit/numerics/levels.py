@@ -37,8 +37,8 @@ E2M1 = (*_E2M1, *(-v for v in _E2M1))
 E4M3_MAX = 448.0
 # bins from zero to the largest point of a table
 _BINS = 1024
-# a group of zeros has a scale of zero in some files
-_SMALLEST = 1e-38
+# elements that are searched rather than looked up
+_FEW = 4096
 
 
 class Levels(Protocol):
@@ -160,8 +160,12 @@ class Table:
         return float(self.points.abs().max())
 
     def codes(self, w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        # by the reciprocal, as bitsandbytes does: ties are real where weights have few digits
-        x = w * torch.where(scale.abs() < _SMALLEST, _SMALLEST, scale).reciprocal()
+        # by the reciprocal, as bitsandbytes does: ties are real where weights have few digits. A group of
+        # zeros may have a scale of zero: 0 · ∞ is to be 0
+        x = (w * scale.reciprocal()).nan_to_num_(0.0)
+        if x.numel() <= _FEW:
+            # a column of a solver: one slow operation costs less than ten quick ones
+            return torch.bucketize(x, self._middles.to(w.device), out_int32=True).to(torch.float32)
         at = self._bin(x.clone())
         place = torch.index_select(self._place.to(w.device), 0, at).view(w.shape)
         beyond = torch.index_select(self._next.to(w.device), 0, at).view(w.shape)

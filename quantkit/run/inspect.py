@@ -85,7 +85,10 @@ class Inspection:
             return ["not made by quantkit: no quantkit.json", *([] if method in _METHODS else [unread])]
         m = self.manifest
         options = ", ".join(f"{name}={value}" for name, value in m["options"].items())
-        notes = [f"made by quantkit {m['quantkit']} from {m['source']['id']} with {m['method']} ({options})"]
+        with_ = [f"{m['method']} ({options})", *(t["name"] for t in m.get("transforms", ()))]
+        if m.get("kv_cache"):
+            with_.append(f"scales for a cache in {m['kv_cache']}")
+        notes = [f"made by quantkit {m['quantkit']} from {m['source']['id']} with {', '.join(with_)}"]
         if m.get("calibration"):
             c = m["calibration"]
             names = ", ".join(share["name"] for share in c["sources"])
