@@ -20,9 +20,9 @@ from quantkit.run.report import TargetReport
 
 # name → (shorthand, reference KL, reference perplexity) where the reference has such a row
 ROWS: dict[str, tuple[str, float | None, float | None]] = {
-    "w8 absmax": ("compressed_tensors:w8@method=rtn", None, None),
+    "w8 absmax": ("compressed_tensors:w8@method=rtn,scales=absmax", None, None),
     "w8 gptq": ("compressed_tensors:w8@method=gptq", None, None),
-    "w4g128 rtn absmax": ("gptq:w4g128@method=rtn", 0.0228, 64.87),
+    "w4g128 rtn absmax": ("gptq:w4g128@method=rtn,scales=absmax", 0.0228, 64.87),
     "w4g128 rtn weighted": ("gptq:w4g128@method=rtn,scales=weighted", 0.0159, 64.65),
     "w4g128 gptq absmax": ("gptq:w4g128@plain=true", 0.0136, 64.49),
     "w4g128 gptq mse": ("gptq:w4g128@scales=mse,act_order=off,polish=0", 0.0100, 64.13),
@@ -33,11 +33,11 @@ ROWS: dict[str, tuple[str, float | None, float | None]] = {
     "w4g128 gptq free": ("gptq:w4g128@act_order=free", None, None),
     "w4g128 gptq default feedback": ("gptq:w4g128@feedback=true", None, None),
     "w4g128 asym default": ("gptq:w4g128_asym", None, None),
-    "w3g128 rtn absmax": ("gptq:w3g128@method=rtn", 0.1253, 69.33),
+    "w3g128 rtn absmax": ("gptq:w3g128@method=rtn,scales=absmax", 0.1253, 69.33),
     "w3g128 gptq absmax": ("gptq:w3g128@plain=true", 0.0802, 67.69),
     "w3g128 gptq default": ("gptq:w3g128", 0.0337, 64.95),
     "w3g128 gptq static": ("gptq:w3g128@act_order=static", None, None),
-    "w2g64 rtn absmax": ("gptq:w2g64@method=rtn", 1.467, 231.5),
+    "w2g64 rtn absmax": ("gptq:w2g64@method=rtn,scales=absmax", 1.467, 231.5),
     "w2g64 gptq absmax": ("gptq:w2g64@plain=true", 1.128, 167.6),
     "w2g64 gptq default": ("gptq:w2g64", 0.1596, 71.04),
     "w2g64 gptq static": ("gptq:w2g64@act_order=static", None, None),

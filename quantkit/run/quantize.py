@@ -119,12 +119,12 @@ def _by_scheme(site: Site, target: TargetPlan) -> dict[Scheme, list[Weight]]:
 def _stacks(
     weights: Sequence[Weight], scheme: Scheme, quantizer: Quantizer[Any]
 ) -> Iterator[Sequence[Weight]]:
-    """Weights that are solved together: all, one by one where rows share scales, or those that engines
-    fuse where these must share the scale of the tensor."""
-    if scheme.ties_rows or quantizer.ties_rows:
-        yield from ([weight] for weight in weights)
-    elif scheme.numbers == "nvfp4":
+    """Weights that are solved together: those that engines fuse, where these must share the scale of the
+    tensor; one by one where rows share scales, or where nothing is gained by it; else all."""
+    if scheme.numbers == "nvfp4":
         yield from fused_sets(weights)
+    elif scheme.ties_rows or quantizer.ties_rows or quantizer.needs is Need.NOTHING:
+        yield from ([weight] for weight in weights)
     else:
         yield weights
 
@@ -163,7 +163,9 @@ class _Source:
         self, weights: Sequence[Weight], quantizer: Quantizer[Any], scheme: Scheme, prepared: Any
     ) -> list[Made]:
         """Codes of weights of one scheme, stacked."""
-        stacked = torch.cat([self.weight_of(w).to(torch.float32) for w in weights])
+        read = [self.weight_of(w).to(torch.float32) for w in weights]
+        stacked = read.pop() if len(read) == 1 else torch.cat(read)
+        del read
         if prepared is None and quantizer.needs is not Need.NOTHING:
             outcome = _starved(stacked, scheme)
         else:
