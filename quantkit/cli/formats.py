@@ -25,7 +25,11 @@ _ON_CPU = ("transformers", "transformers+gptqmodel", "gptqmodel", "hqq")
 @click.command("formats", cls=Command, examples=("quantkit formats", "quantkit formats --json"))
 @common_options
 def command(**flags: Any) -> None:
-    """List formats with their presets, methods, transforms, and what each needs and runs in."""
+    """List formats, their presets and methods.
+
+    For each preset: its size, what shares a scale, how codes are chosen by default, whether calibration text
+    is needed, and what loads the result, with or without a GPU. Transforms are listed below.
+    """
     from quantkit.recipe.plugins import shortcuts
 
     output = Output.from_flags(flags)

@@ -200,7 +200,8 @@ def _error(w: Tensor, v: Tensor | None, scale: Tensor, zero: Tensor | None, leve
 
 def _extent(w: Tensor, levels: Levels) -> tuple[Tensor, list[Tensor | None]]:
     """The scale that spans all of a row (factor 1), and the zero points to try with it."""
-    tiny = torch.finfo(torch.float32).tiny
+    # any smaller, and the reciprocal of a trial would be infinite, which times a zero is no number
+    tiny = 2.0**-120
     if not isinstance(levels, Integers) or levels.sym:
         return (_largest(w) / levels.reach).clamp(min=tiny), [None]
     low = w.amin(-1, keepdim=True).clamp(max=0)

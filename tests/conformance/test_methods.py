@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -13,27 +13,31 @@ from torch import Tensor
 from quantkit import registry
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, QuantkitError
+from quantkit.numerics.levels import table_of
 from quantkit.numerics.nearest import nearest
 from quantkit.protocols import Quantizer
-from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, QuantizedTensor, dequantize
+from quantkit.schemes import Convention, Scheme, parse_scheme
+from quantkit.tensors import Affine, Codebook, Float, QuantizedTensor, dequantize
 from tests.quantized import activations, same, statistics_of
 
-SCHEMES = (
-    Scheme(2, 8),
-    Scheme(3, 16, sym=False),
-    Scheme(4),
-    Scheme(4, 32),
-    Scheme(4, 16, sym=False),
-    Scheme(4, 1),
-    Scheme(5, 8, scale_dtype="bfloat16"),
-    Scheme(8),
-    Scheme(8, 16, sym=False),
-    Scheme(8, per_tensor=True),
+SCHEMES = tuple(
+    replace(parse_scheme(name), scale_dtype=dtype)
+    for name, dtype in {
+        **dict.fromkeys(("w2g8", "w3g16_asym", "w4", "w4g32", "w4g16_asym", "w4g1", "w8"), "float16"),
+        **dict.fromkeys(("w8g16_asym", "w8_tensor", "w1g16_asymf", "w3g16_asymf"), "float16"),
+        **dict.fromkeys(("w4g4_asymf_axis0", "w2g8_asymf_axis0", "w8_asymf"), "float16"),
+        **dict.fromkeys(("w5g8", "w8a8", "w8a8_tensor_static", "fp8", "fp8_tensor", "fp8_block"), "bfloat16"),
+        **dict.fromkeys(("nf4g32", "nf4g16_dq", "fp4g32", "mxfp4", "nvfp4", "w8a8_mixed"), "float32"),
+    }.items()
 )
 # enough for a variant of a method whose defaults have met all of them
-FEW = (SCHEMES[0], SCHEMES[2], SCHEMES[4], SCHEMES[9])
-OUT, WIDTH, TOKENS = 5, 32, 128
+FEW = tuple(
+    s for s in SCHEMES if s.name in ("w2g8", "w4g16_asym", "w8_tensor", "w3g16_asymf", "nf4g16_dq", "nvfp4")
+)
+OUT, WIDTH, TOKENS = 8, 32, 128
+# What a code may be wrong by, as a share of the largest weight: half the widest gap of the points, and room
+# for scales that were searched or can only be powers of two. Else a step of the integers.
+GAPS = {"nf4": 0.2, "fp4": 0.22, "mxfp4": 0.35, "nvfp4": 0.22, "fp8": 0.1}
 
 
 def variants() -> Iterator[tuple[str, Any]]:
@@ -43,7 +47,10 @@ def variants() -> Iterator[tuple[str, Any]]:
         yield name, module.Params()
         hints = get_type_hints(module.Params)
         for field in fields(module.Params):
-            choices = (True,) if hints[field.name] is bool else get_args(hints[field.name])
+            if hints[field.name] is bool:
+                choices = tuple(b for b in (True, False) if b != field.default)
+            else:
+                choices = get_args(hints[field.name])
             for choice in choices:
                 if choice != field.default:
                     yield f"{name}-{field.name}-{choice}", module.Params(**{field.name: choice})
@@ -67,17 +74,25 @@ def accepted() -> list[Any]:
     ]
 
 
+def tied(label: str, scheme: Scheme) -> bool:
+    return scheme.ties_rows or quantizer_of(label).ties_rows
+
+
+def some_scheme(label: str) -> Scheme:
+    """One that the method accepts, of few inputs to a scale where it can be."""
+    found = (*FEW, *SCHEMES)
+    return next(scheme for scheme in found if quantizer_of(label).accepts(scheme) is None)
+
+
 CASES = pytest.mark.parametrize("label, scheme", accepted())
 
 
-@pytest.fixture
-def weight(rng: torch.Generator) -> Tensor:
-    return torch.randn(OUT, WIDTH, generator=rng) * 0.05
+def weight_for(scheme: Scheme, rng: torch.Generator) -> Tensor:
+    return torch.randn(OUT, 128 if scheme.tile else WIDTH, generator=rng) * 0.05
 
 
-@pytest.fixture
-def stats(rng: torch.Generator) -> Statistics:
-    return statistics_of(activations(WIDTH, TOKENS, rng))
+def inputs_for(scheme: Scheme, rng: torch.Generator, tokens: int = TOKENS) -> Tensor:
+    return activations(128 if scheme.tile else WIDTH, tokens, rng)
 
 
 def run(label: str, weight: Tensor, stats: Statistics | None, scheme: Scheme) -> QuantizedTensor:
@@ -92,20 +107,63 @@ def check(q: QuantizedTensor, weight: Tensor, scheme: Scheme) -> None:
     assert bool(torch.isfinite(value).all())
     assert q.bits == scheme.bits
     assert q.group == scheme.group((weight.shape[0], weight.shape[1]))
-    if not isinstance(q, Affine):
-        return
-    low = 0 if q.zero_point is not None else -(1 << (q.bits - 1))
+    match q:
+        case Affine():
+            check_integers(q, weight, scheme)
+        case Float():
+            assert scheme.numbers == "fp8" and q.values.dtype == torch.float8_e4m3fn
+        case Codebook():
+            assert torch.equal(q.table, table_of(scheme).table) and q.offset is None
+            assert q.codes.dtype == torch.uint8 and int(q.codes.max()) < len(q.table)
+    check_scales(q, scheme, (-(-weight.shape[0] // q.group[0]), weight.shape[1] // q.group[1]))
+
+
+def check_integers(q: Affine, weight: Tensor, scheme: Scheme) -> None:
+    assert scheme.numbers == "int" and q.offset is None
+    assert q.codes.dtype == (torch.int8 if scheme.sym else torch.uint8)
+    low = -(1 << (q.bits - 1)) if scheme.sym else 0
     assert low <= int(q.codes.min()) and int(q.codes.max()) < low + (1 << q.bits)
     assert (q.zero_point is None) == scheme.sym
-    assert isinstance(q.scale, Tensor) and q.scale.dtype == getattr(torch, scheme.scale_dtype)
-    assert q.scale.shape == (weight.shape[0] // q.group[0], weight.shape[1] // q.group[1])
     if q.zero_point is not None:
-        assert q.zero_point.shape == q.scale.shape
-        assert int(q.zero_point.min()) >= 0 and int(q.zero_point.max()) < 1 << q.bits
+        assert isinstance(q.scale, Tensor) and q.zero_point.shape == q.scale.shape
+        if scheme.fractional:
+            assert q.zero_point.dtype == q.scale.dtype
+        else:
+            assert q.zero_point.dtype == torch.uint8 and int(q.zero_point.max()) < 1 << q.bits
+    if scheme.axis == 0:
+        expected = torch.arange(weight.shape[0]) % (weight.shape[0] // q.group[0])
+        assert q.row_group is not None and q.row_group.dtype == torch.int32
+        assert q.row_group.tolist() == expected.tolist()
+    else:
+        assert q.row_group is None
     if q.column_group is not None:
+        assert isinstance(q.scale, Tensor)
         assert q.column_group.dtype == torch.int32 and q.column_group.shape == (weight.shape[1],)
         counts = torch.bincount(q.column_group, minlength=q.scale.shape[1])
         assert counts.tolist() == [q.group[1]] * q.scale.shape[1]
+
+
+def check_scales(q: QuantizedTensor, scheme: Scheme, groups: tuple[int, int]) -> None:
+    """Scales in the form that files hold them in, none of them zero."""
+    scale, mixed = q.scale, scheme.activations is not None and scheme.activations.outliers is not None
+    if isinstance(scale, Tensor):
+        powers = scheme.numbers == "mxfp4"
+        wanted = torch.float8_e8m0fnu if powers else getattr(torch, scheme.scale_dtype)
+        assert not (scheme.nested or mixed or scheme.numbers == "nvfp4")
+        assert scale.dtype == wanted and scale.shape == groups
+        # bitsandbytes stores the 0 of a group of zeros
+        assert scheme.numbers in ("nf4", "fp4") or bool((scale.float() != 0).all())
+        assert scheme.numbers in ("int", "nf4", "fp4") or bool((scale.float() > 0).all())
+    elif isinstance(scale, Codebook):
+        assert scheme.nested and scale.bits == 8 and scale.codes.dtype == torch.uint8
+        assert scale.codes.shape == (1, groups[0] * groups[1]) and scale.group == (1, 256)
+        assert scale.offset is not None and scale.offset.shape == (1,)
+    else:
+        assert isinstance(scale, Float) and isinstance(scale.scale, Tensor)
+        assert scale.values.shape == groups and scale.scale.shape == (1, 1)
+        dtype = torch.float8_e4m3fn if scheme.numbers == "nvfp4" else torch.float32
+        assert (scheme.numbers == "nvfp4") != mixed and scale.values.dtype == dtype
+        assert scale.group == groups and bool((scale.values.float() > 0).all())
 
 
 def error(label: str, weight: Tensor, q: QuantizedTensor, stats: Statistics) -> float:
@@ -120,7 +178,9 @@ def error(label: str, weight: Tensor, q: QuantizedTensor, stats: Statistics) -> 
 
 
 def test_there_are_methods() -> None:
-    assert {"rtn", "gptq"} <= set(registry.names("methods"))
+    assert {"rtn", "gptq", "llm_int8"} <= set(registry.names("methods"))
+    for scheme in SCHEMES:
+        assert any(quantizer_of(label).accepts(scheme) is None for label in VARIANTS), scheme.name
 
 
 @pytest.mark.parametrize("name", registry.names("methods"))
@@ -131,38 +191,39 @@ def test_modules_say_what_they_are(name: str) -> None:
 
 
 @CASES
-def test_results_are_well_formed(label: str, scheme: Scheme, weight: Tensor, stats: Statistics) -> None:
-    check(run(label, weight, stats, scheme), weight, scheme)
-
-
-@CASES
-def test_same_inputs_same_bits_and_nothing_else_moves(
-    label: str, scheme: Scheme, weight: Tensor, stats: Statistics
+def test_results_are_well_formed_and_repeat_and_nothing_else_moves(
+    label: str, scheme: Scheme, rng: torch.Generator
 ) -> None:
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
     kept = weight.clone()
-    assert stats.gram is not None and stats.squares is not None
-    gram, squares = stats.gram.clone(), stats.squares.clone()
+    seen = [t for f in fields(Statistics) if isinstance(t := getattr(stats, f.name), Tensor)]
+    before = [t.clone() for t in seen]
     state = torch.random.get_rng_state()
     quantizer = quantizer_of(label)
     prepared = quantizer.prepare(stats, scheme)
-    first = quantizer.quantize(weight, prepared, scheme).weight
-    again = quantizer.quantize(weight, prepared, scheme).weight
-    assert same(first, again)
-    assert same(first, run(label, weight, stats, scheme))
+    first = quantizer.quantize(weight, prepared, scheme)
+    again = quantizer.quantize(weight, prepared, scheme)
+    check(first.weight, weight, scheme)
+    assert same(first.weight, again.weight) and (first.note, first.facts) == (again.note, again.facts)
+    assert same(first.weight, run(label, weight, stats, scheme))
     assert torch.equal(weight, kept)
-    assert torch.equal(stats.gram, gram) and torch.equal(stats.squares, squares)
+    assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @CASES
 def test_rows_are_independent_unless_a_scale_ties_them(
-    label: str, scheme: Scheme, weight: Tensor, stats: Statistics, rng: torch.Generator
+    label: str, scheme: Scheme, rng: torch.Generator
 ) -> None:
     """Reordering rows reorders the result; the sweep stacks the weights of a site because of that."""
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
     order = torch.randperm(OUT, generator=rng)
+    if scheme.axis == 0:
+        # rows of a group lie this far apart
+        order = torch.arange(OUT).roll(OUT // (scheme.group_size or OUT))
     straight = dequantize(run(label, weight, stats, scheme))
     permuted = dequantize(run(label, weight[order], stats, scheme))
-    if scheme.per_tensor:
+    if tied(label, scheme):
         # one scale for all rows: sums in another order may decide between two grids that are equally good
         losses = [float((value - weight[order]).square().sum()) for value in (straight[order], permuted)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
@@ -171,93 +232,122 @@ def test_rows_are_independent_unless_a_scale_ties_them(
 
 
 @CASES
-def test_error_is_not_above_plain_rounding(
-    label: str, scheme: Scheme, weight: Tensor, stats: Statistics
-) -> None:
-    plain = error(label, weight, nearest(weight, scheme, "absmax"), stats)
+def test_error_is_not_above_plain_rounding(label: str, scheme: Scheme, rng: torch.Generator) -> None:
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
+    plain = error(label, weight, nearest(weight, scheme, scheme.convention), stats)
     found = error(label, weight, run(label, weight, stats, scheme), stats)
     if quantizer_of(label).regroups_columns or "plain" in label or scheme.bits == 8:
         # other groups or compensated absmax scales win on average only, and at 8 bits only noise is left
         plain *= 1.2
+    if ("plain" in label and scheme.bits == 2) or label == "hqq":
+        # 2 bits with absmax scales grow as they are compensated; hqq does not minimise squares
+        plain *= 1.6
     assert found <= plain * (1 + 1e-6)
 
 
-@CASES
-def test_zero_and_constant_rows_and_a_dead_channel(
-    label: str, scheme: Scheme, weight: Tensor, rng: torch.Generator
+@pytest.mark.parametrize("label", ["rtn-scales-mse", "rtn-scales-weighted", "gptq"])
+@pytest.mark.parametrize("name", ["w2g8", "w4", "w4g32", "w5g8", "w8", "w8_tensor", "mxfp4"])
+def test_searched_scales_beat_the_convention_of_every_container(
+    label: str, name: str, rng: torch.Generator
 ) -> None:
-    weight = weight.clone()
-    weight[0], weight[1] = 0.0, 0.03
-    x = activations(WIDTH, TOKENS, rng)
+    scheme = next(s for s in SCHEMES if s.name == name)
+    if quantizer_of(label).accepts(scheme) is not None:
+        pytest.skip(f"{label} refuses {name}")
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
+    found = error(label, weight, run(label, weight, stats, scheme), stats)
+    # one grid of 256 points, or of powers of two, for few weights: trials 6 % apart may miss what luck meets
+    luck = {"w8_tensor": 1.3, "mxfp4": 1.05, "w8": 1.05}.get(name, 1 + 1e-6)
+    for convention in get_args(Convention):
+        plain = error(label, weight, nearest(weight, scheme, convention), stats)
+        assert found <= plain * (1 + 1e-6 if convention == "absmax" else luck), convention
+
+
+@CASES
+def test_zero_and_constant_rows_and_a_dead_channel(label: str, scheme: Scheme, rng: torch.Generator) -> None:
+    weight, x = weight_for(scheme, rng), inputs_for(scheme, rng)
+    weight[0], weight[1], weight[:, 7] = 0.0, 0.03, 0.0
     x[:, 5] = 0
     q = run(label, weight, statistics_of(x), scheme)
     check(q, weight, scheme)
     value = dequantize(q)
-    assert float(value[0].abs().max()) == 0
+    # groups of zeros alone stay zero, and so does every zero that the grid has a point for
+    assert float((value[0] if scheme.axis == 1 else value[:, 7]).abs().max()) == 0
     # whatever the statistics say, the weights of a dead channel are kept roughly where they are
-    coarse = 1.1 * float(weight.abs().max()) / ((1 << (scheme.bits - 1)) - 1)
-    assert float((value[:, 5] - weight[:, 5]).abs().max()) <= coarse
+    step = GAPS.get(scheme.numbers, 1.1 / max(1, (1 << (scheme.bits - 1)) - 1))
+    assert float((value[:, 5] - weight[:, 5]).abs().max()) <= step * float(weight.abs().max())
 
 
 @CASES
 def test_one_token_and_all_dead_inputs_leave_a_sane_result(
-    label: str, scheme: Scheme, weight: Tensor, rng: torch.Generator
+    label: str, scheme: Scheme, rng: torch.Generator
 ) -> None:
     # one direction of the inputs is all that counts then, so the weights themselves may move further
-    limit = {2: 1.5, 3: 1.0}.get(scheme.bits, 0.6)
-    for x in (activations(WIDTH, 1, rng), torch.zeros(7, WIDTH)):
+    limit = {1: 1.5, 2: 1.5, 3: 1.0}.get(scheme.bits, 0.6)
+    weight = weight_for(scheme, rng)
+    for x in (inputs_for(scheme, rng, 1), torch.zeros(7, weight.shape[1])):
         q = run(label, weight, statistics_of(x), scheme)
         check(q, weight, scheme)
         assert float((dequantize(q) - weight).norm() / weight.norm()) < limit
 
 
-@pytest.mark.parametrize("label, scheme", [c for c in accepted() if not c.values[1].per_tensor])
-def test_rows_alone_are_as_good_as_in_a_stack(
-    label: str, scheme: Scheme, weight: Tensor, stats: Statistics
-) -> None:
+@pytest.mark.parametrize(
+    "label, scheme",
+    # rows alone have another scale of the tensor
+    [p for p in accepted() if not tied(*p.values[:2]) and p.values[1].numbers != "nvfp4"],  # type: ignore[arg-type, union-attr]
+)
+def test_rows_alone_are_as_good_as_in_a_stack(label: str, scheme: Scheme, rng: torch.Generator) -> None:
     """A matrix product of another size may round differently: a code may flip, not the quality."""
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
     whole = error(label, weight, run(label, weight, stats, scheme), stats)
-    rows = weight.split(1)
-    alone = sum(error(label, row, run(label, row, stats, scheme), stats) for row in rows)
+    prepared = quantizer_of(label).prepare(stats, scheme)
+    alone = sum(
+        error(label, row, quantizer_of(label).quantize(row, prepared, scheme).weight, stats)
+        for row in weight.split(1)
+    )
     assert alone == pytest.approx(whole, rel=0.1)
 
 
 @pytest.mark.parametrize("label", VARIANTS)
 def test_empty_statistics_are_refused_where_they_are_needed(label: str) -> None:
-    quantizer = quantizer_of(label)
+    quantizer, scheme = quantizer_of(label), some_scheme(label)
     empty = statistics_of(torch.empty(0, WIDTH))
     if quantizer.needs is Need.NOTHING:
-        quantizer.prepare(None, Scheme(4, 32))
+        quantizer.prepare(None, scheme)
         return
     for nothing in (None, empty):
         with pytest.raises(NumericsError, match="no token"):
-            quantizer.prepare(nothing, Scheme(4, 32))
+            quantizer.prepare(nothing, scheme)
 
 
 @pytest.mark.parametrize("label", VARIANTS)
-def test_non_finite_values_are_refused(label: str, weight: Tensor, stats: Statistics) -> None:
-    scheme = Scheme(4, 16)
-    broken = weight.clone()
-    broken[2, 3] = torch.nan
-    with pytest.raises(QuantkitError, match="non-finite"):
-        run(label, broken, stats, scheme)
+def test_non_finite_values_are_refused(label: str, rng: torch.Generator) -> None:
+    scheme = some_scheme(label)
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
+    for value in (torch.nan, torch.inf):
+        broken = weight.clone()
+        broken[2, 3] = value
+        with pytest.raises(QuantkitError, match="non-finite"):
+            run(label, broken, stats, scheme)
     if quantizer_of(label).needs is Need.NOTHING:
         return
-    assert stats.gram is not None and stats.squares is not None
-    stats.gram[4, 4] = stats.squares[4] = torch.nan
+    assert stats.gram is not None and stats.squares is not None and stats.absmax is not None
+    stats.gram[4, 4] = stats.squares[4] = stats.absmax[4] = torch.nan
     with pytest.raises(NumericsError, match="non-finite"):
         run(label, weight, stats, scheme)
 
 
 @pytest.mark.parametrize("label", VARIANTS)
 def test_refused_schemes_have_a_reason(label: str) -> None:
-    for scheme in SCHEMES:
-        reason = quantizer_of(label).accepts(scheme)
-        assert reason is None or len(reason) > 10
+    reasons = [quantizer_of(label).accepts(scheme) for scheme in SCHEMES]
+    assert None in reasons
+    for reason in reasons:
+        assert reason is None or (len(reason) > 20 and not reason.endswith(".") and "!" not in reason)
 
 
 @pytest.mark.parametrize("label", VARIANTS)
-def test_only_methods_that_say_so_regroup_columns(label: str, weight: Tensor, stats: Statistics) -> None:
-    q = run(label, weight, stats, Scheme(4, 8))
-    assert isinstance(q, Affine)
-    assert (q.column_group is not None) == quantizer_of(label).regroups_columns
+def test_only_methods_that_say_so_regroup_columns(label: str, rng: torch.Generator) -> None:
+    scheme = some_scheme(label)
+    weight, stats = weight_for(scheme, rng), statistics_of(inputs_for(scheme, rng))
+    q = run(label, weight, stats, scheme)
+    regrouped = isinstance(q, Affine) and q.column_group is not None
+    assert regrouped == quantizer_of(label).regroups_columns

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.tensors import Affine, Codebook, Float, QuantizedTensor, dequantize, shape, spread, values
+from quantkit.tensors import (
+    Affine,
+    Codebook,
+    Float,
+    QuantizedTensor,
+    dequantize,
+    plain_grid,
+    shape,
+    spread,
+    values,
+)
 
 
 def test_symmetric_groups_by_hand() -> None:
@@ -87,6 +97,107 @@ def test_codebooks_by_hand() -> None:
         torch.tensor([[3, 0, 1, 2]], dtype=torch.uint8), 2, table, torch.tensor([[2.0, 4.0]]), (1, 2)
     )
     assert dequantize(q).tolist() == [[2.0, -2.0, -2.0, 1.0]]
+
+
+def test_fractional_zero_points_by_hand() -> None:
+    q = Affine(
+        torch.tensor([[0, 3, 1, 2]], dtype=torch.uint8),
+        2,
+        torch.tensor([[0.5, 2.0]], dtype=torch.float16),
+        (1, 2),
+        zero_point=torch.tensor([[1.5, -0.25]], dtype=torch.float16),
+    )
+    # ½·(0 − 1½), ½·(3 − 1½), 2·(1 + ¼), 2·(2 + ¼)
+    assert dequantize(q).tolist() == [[-0.75, 0.75, 2.5, 4.5]]
+
+
+def test_groups_along_the_outputs_by_hand() -> None:
+    """Rows 0 and 2 share a scale per input, rows 1 and 3 another."""
+    q = Affine(
+        torch.tensor([[1, 2], [1, 2], [3, 0], [3, 0]], dtype=torch.uint8),
+        2,
+        torch.tensor([[1.0, 10.0], [100.0, 1000.0]]),
+        (2, 1),
+        zero_point=torch.tensor([[0.5, 0.0], [1.0, 0.0]]),
+        row_group=torch.tensor([0, 1, 0, 1], dtype=torch.int32),
+    )
+    assert dequantize(q).tolist() == [[0.5, 20.0], [0.0, 2000.0], [2.5, 0.0], [200.0, 0.0]]
+    offset = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    shifted = dequantize(Affine(q.codes, 2, q.scale, (2, 1), offset=offset, row_group=q.row_group))
+    assert shifted.tolist() == [[2.0, 22.0], [103.0, 2004.0], [4.0, 2.0], [303.0, 4.0]]
+
+
+def test_shifted_codebooks_by_hand() -> None:
+    table, codes = torch.tensor([-1.0, 0.0, 0.5]), torch.tensor([[0, 2, 1]], dtype=torch.uint8)
+    q = Codebook(codes, 8, table, torch.tensor([[4.0, 2.0]]), (1, 2), torch.tensor([0.25]))
+    assert dequantize(q).tolist() == [[-3.75, 2.25, 0.25]]
+
+
+def test_scales_that_are_laid_out_flat_cross_rows() -> None:
+    """Double quantization: six scales of two rows in outer groups of four, shifted by their mean."""
+    table = torch.tensor([-1.0, 0.0, 1.0])
+    flat = Codebook(
+        torch.tensor([[2, 0, 1, 1, 2, 0]], dtype=torch.uint8),
+        8,
+        table,
+        torch.tensor([[0.5, 0.25]]),
+        (1, 4),
+        torch.tensor([2.0]),
+    )
+    assert values(flat).tolist() == [[2.5, 1.5, 2.0, 2.0, 2.25, 1.75]]
+    q = Codebook(torch.full((2, 6), 2, dtype=torch.uint8), 4, table, flat, (1, 2))
+    assert dequantize(q).tolist() == [[2.5, 2.5, 1.5, 1.5, 2.0, 2.0], [2.0, 2.0, 2.25, 2.25, 1.75, 1.75]]
+    assert shape(q) == (2, 6)
+
+
+def test_tiles_may_be_cut_short() -> None:
+    """130 × 256 in squares of 128: the last two rows have tiles of their own."""
+    stored = torch.ones(130, 256).to(torch.float8_e4m3fn)
+    q = Float(stored, 8, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), (128, 128))
+    found = dequantize(q)
+    for rows, columns, value in (
+        (slice(0, 128), slice(0, 128), 1),
+        (slice(0, 128), slice(128, 256), 2),
+        (slice(128, 130), slice(0, 128), 3),
+        (slice(128, 130), slice(128, 256), 4),
+    ):
+        assert bool((found[rows, columns] == value).all())
+
+
+def test_scales_of_two_levels_by_hand() -> None:
+    # nvfp4: 1.5 and 448 times ½; e2m1 codes 7 and 10 are 6 and −1
+    fine = Float(torch.tensor([[1.5, 448.0]]).to(torch.float8_e4m3fn), 8, torch.tensor([[0.5]]), (1, 2))
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    q = Codebook(torch.tensor([[7, 10, 7, 10]], dtype=torch.uint8), 4, table, fine, (1, 2))
+    assert dequantize(q).tolist() == [[4.5, -0.75, 1344.0, -224.0]]
+    # LLM.int8: the largest magnitude of a row and 1/127
+    row = Float(torch.tensor([[127.0], [254.0]]), 32, torch.tensor([[1 / 127]]), (2, 1))
+    rows = Affine(torch.tensor([[127, -1], [64, 0]], dtype=torch.int8), 8, row, (1, 2))
+    assert dequantize(rows).tolist() == [[127.0, -1.0], [128.0, 0.0]]
+
+
+def test_powers_of_two_as_scales_by_hand() -> None:
+    powers = torch.tensor([[0.25, 2.0**20]]).to(torch.float8_e8m0fnu)
+    q = Codebook(torch.tensor([[0, 1]], dtype=torch.uint8), 4, torch.tensor([1.5, -6.0]), powers, (1, 1))
+    assert dequantize(q).tolist() == [[0.375, -6.0 * 2**20]]
+
+
+def test_what_a_plain_grid_is() -> None:
+    codes, scale = torch.zeros(2, 4, dtype=torch.uint8), torch.ones(2, 2)
+    whole = torch.zeros(2, 2, dtype=torch.uint8)
+    plain = Affine(codes, 4, scale, (1, 2), zero_point=whole)
+    found = plain_grid(plain)
+    assert found is not None and found[0] is plain and found[1] is scale
+    assert plain_grid(Affine(codes, 4, scale, (1, 2))) is not None
+    others: tuple[QuantizedTensor, ...] = (
+        Affine(codes, 4, scale, (1, 2), zero_point=whole.float()),
+        Affine(codes, 4, scale, (1, 2), offset=scale),
+        Affine(codes, 4, Affine(whole, 6, torch.ones(2, 1), (1, 2)), (1, 2)),
+        Affine(codes, 4, torch.ones(1, 4), (2, 1), row_group=torch.zeros(2, dtype=torch.int32)),
+        Codebook(codes, 4, torch.ones(16), scale, (1, 2)),
+        Float(codes.float(), 8, scale, (1, 2)),
+    )
+    assert [plain_grid(q) for q in others] == [None] * len(others)
 
 
 def test_scales_of_scales_by_hand() -> None:

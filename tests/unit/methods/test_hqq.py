@@ -74,7 +74,9 @@ def test_codes_are_nearest_to_what_is_stored(bits: int, dtype: str, rng: torch.G
 
 def test_numbers_that_overflow_fall_back_to_min_and_max() -> None:
     """All weights near 50: the zero point −50·20,000 does not fit float16."""
-    w = torch.cat([torch.full((1, 16), 50.0) + torch.linspace(0, 1.2e-4, 16), torch.linspace(-1, 1, 16)[None]])
+    w = torch.cat(
+        [torch.full((1, 16), 50.0) + torch.linspace(0, 1.2e-4, 16), torch.linspace(-1, 1, 16)[None]]
+    )
     q = run(w, "w4_asymf")
     assert isinstance(q.scale, Tensor) and q.zero_point is not None
     assert bool(torch.isfinite(q.scale).all()) and bool(torch.isfinite(q.zero_point).all())

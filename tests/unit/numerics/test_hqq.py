@@ -33,7 +33,9 @@ def test_worked_example_in_8_bits() -> None:
     ]
 
 
-def as_published(w: Tensor, bits: int, axis: int, p: float = 0.7, beta: float = 10.0) -> tuple[Tensor, Tensor]:
+def as_published(
+    w: Tensor, bits: int, axis: int, p: float = 0.7, beta: float = 10.0
+) -> tuple[Tensor, Tensor]:
     """The solver line by line, on whole matrices."""
     last = 2**bits - 1
     low, high = w.amin(axis, keepdim=True), w.amax(axis, keepdim=True)
