@@ -23,7 +23,7 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
 from quantkit.model.graph import Weight
-from quantkit.numerics.bits import pack, packed_width, unpack
+from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
 from quantkit.protocols import Assigned, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear, plain_grid
@@ -97,17 +97,14 @@ class Gptq:
         base = linear.name.removesuffix(".weight")
         middle = 1 << (q.bits - 1)
         width = q.codes.shape[1]
-        codes = q.codes.to(torch.int32)
-        if q.zero_point is None:
-            codes = codes + middle
-            stored = torch.full(scale.shape, middle - 1, dtype=torch.int32)
-        else:
-            stored = q.zero_point.to(torch.int32)
+        stored = q.zero_point
+        if stored is None:
+            stored = torch.full(scale.shape, middle - 1, dtype=torch.uint8)
         column_group = q.column_group
         if column_group is None:
             column_group = torch.arange(width, dtype=torch.int32) // q.group[1]
         return {
-            f"{base}.qweight": pack(codes, q.bits).T.contiguous(),
+            f"{base}.qweight": pack(unsigned(q.codes, q.bits), q.bits).T.contiguous(),
             f"{base}.qzeros": pack(stored.T, q.bits).contiguous(),
             f"{base}.scales": scale.T.contiguous(),
             f"{base}.g_idx": column_group.to(torch.int32),
@@ -141,15 +138,15 @@ class Gptq:
         g_idx = tensors.get(f"{base}.g_idx", trivial)
         middle = 1 << (bits - 1)
         # an asymmetric scheme may happen to need the middle everywhere: the config says which it is
-        signed = _sym(base, config) and bool((zeros == middle).all())
+        sym = _sym(base, config) and bool((zeros == middle).all())
         return QuantizedLinear(
             name,
             Affine(
-                codes=(codes.to(torch.int16) - middle).to(torch.int8) if signed else codes,
+                codes=signed(codes, bits) if sym else codes,
                 bits=bits,
                 scale=scale,
                 group=(1, columns),
-                zero_point=None if signed else zeros,
+                zero_point=None if sym else zeros,
                 column_group=None if torch.equal(g_idx, trivial) else g_idx,
             ),
         )

@@ -15,6 +15,7 @@ numbers, without an error. It stops at a quantization_config that lacks `skip_mo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,6 +162,10 @@ class Hqq:
         told = known.get(base) or known.get(_tag(base))
         if told is not None:
             return (int(told["shape"][0]), int(told["shape"][1])), int(told["nbits"])
+        if f"{base}.W_q" not in tensors:
+            # a parameter of the model's own that is called `scale`, as routers have
+            found = next(iter(tensors.values()))
+            return (1, math.prod(found.shape)), found.torch_dtype.itemsize * 8
         # written by others: the shape is the content of a tensor, so say how many weights there are
         packed, scale = tensors[f"{base}.W_q"], tensors[f"{base}.scale"]
         bits = _bits_of(packed, scale, config)

@@ -139,7 +139,8 @@ def _resolve_target(
                 scheme = _as_stored(scheme, fmt, source_dtype)
             schemes[weight.key] = scheme
             assigned.append(Assigned(weight, scheme))
-            if scheme is not None and (why := quantizer.accepts(scheme) or fmt.accepts(scheme, weight)):
+            # the format first: its usual method may have been chosen for other schemes
+            if scheme is not None and (why := fmt.accepts(scheme, weight) or quantizer.accepts(scheme)):
                 problems.append(f"`{weight.key}` cannot be {scheme.name}: {why}")
     for weight in graph.outer:
         scheme = _assign(recipe.rules_for(target), weight, None, len(graph.blocks), None)

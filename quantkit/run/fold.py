@@ -18,6 +18,7 @@ from quantkit.calibrate.statistics import Statistics
 from quantkit.model.graph import Site, Weight
 from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
+from quantkit.run.quantize import naming
 from quantkit.schemes import Scheme
 
 # largest change of what the block adds to its input, relative, by computation dtype: rounding, no more
@@ -87,7 +88,8 @@ def _factors(
     weight = torch.cat([runtime.read(w) for w in site.weights])
     product: Tensor | None = None
     for transform in target.transforms:
-        found = transform.factors(weight, stats, scheme)
+        with naming(site.weights):
+            found = transform.factors(weight, stats, scheme)
         if found is None:
             continue
         weight, stats = weight * found, stats.through(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -100,11 +101,25 @@ def quantize_site(
         for scheme, weights in _by_scheme(site, target).items():
             key = (target.quantizer, scheme)
             if key not in shared:
-                shared[key] = source.prepare(target.quantizer, scheme)
+                with naming(weights):
+                    shared[key] = source.prepare(target.quantizer, scheme)
             for stack in _stacks(weights, scheme, target.quantizer):
-                results = source.solve(stack, target.quantizer, scheme, shared[key])
+                with naming(stack):
+                    results = source.solve(stack, target.quantizer, scheme, shared[key])
                 made.setdefault(target.name, []).extend(own.told(m) for m in results)
     return made
+
+
+@contextmanager
+def naming(weights: Sequence[Weight]) -> Iterator[None]:
+    """Errors of what is done to these weights say which they are: methods do not know."""
+    try:
+        yield
+    except NumericsError as error:
+        if any(weight.name in error.message for weight in weights):
+            raise
+        names = ", ".join(f"`{weight.key}`" for weight in weights)
+        raise NumericsError(f"{names}: {error.message}", remedy=error.remedy) from error
 
 
 def _by_scheme(site: Site, target: TargetPlan) -> dict[Scheme, list[Weight]]:
@@ -155,7 +170,7 @@ class _Source:
         if ".experts." in self.site.weights[0].name or self.site.weights[0].part is not None:
             return None
         raise NumericsError(
-            f"no calibration token reached `{self.site.id}`, which `{self.site.weights[0].name}` needs",
+            f"no calibration token reached `{self.site.id}`",
             remedy="this is a fault of the observation, not of the text: please report it",
         )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, assert_never
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from quantkit.numerics.bits import pack, unpack
+from quantkit.numerics.bits import pack, signed, unpack, unsigned
 from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor
 
 _META = "quantkit"
@@ -60,9 +61,12 @@ def from_bytes(data: bytes) -> BlockResult:
     return BlockResult(linears, beside)
 
 
-def extra(data: bytes) -> Mapping[str, Any]:
-    """The JSON that `to_bytes` was given."""
-    found: Mapping[str, Any] = _metadata(data)["extra"]
+def extra(path: Path) -> Mapping[str, Any]:
+    """The JSON that `to_bytes` was given, from the header of a file of such bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found: Mapping[str, Any] = json.loads(header["__metadata__"][_META])["extra"]
     return found
 
 
@@ -94,10 +98,9 @@ def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[st
             _flatten(f"{name}|values", value.values, tensors)
             form: dict[str, Any] = {"type": "float"}
         case Affine() | Codebook():
-            signed = value.codes.dtype == torch.int8
-            shifted = value.codes.to(torch.int32) + ((1 << (value.bits - 1)) if signed else 0)
-            tensors[f"{name}|codes"] = pack(shifted, value.bits).cpu()
-            form = {"type": "affine" if isinstance(value, Affine) else "codebook", "signed": signed}
+            is_signed = value.codes.dtype == torch.int8
+            tensors[f"{name}|codes"] = pack(unsigned(value.codes, value.bits), value.bits).cpu()
+            form = {"type": "affine" if isinstance(value, Affine) else "codebook", "signed": is_signed}
             fields = ("table", "offset") if isinstance(value, Codebook) else _AFFINE
             for part in fields:
                 form[part] = _flatten(f"{name}|{part}", getattr(value, part), tensors)
@@ -122,7 +125,7 @@ def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTe
         return Float(tensors[f"{name}|values"], bits, scale, group)
     codes = unpack(tensors[f"{name}|codes"], bits, form["columns"])
     if form["signed"]:
-        codes = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+        codes = signed(codes, bits)
     if form["type"] == "codebook":
         offset = tensors[f"{name}|offset"] if form["offset"] else None
         return Codebook(codes, bits, tensors[f"{name}|table"], scale, group, offset)

@@ -111,7 +111,7 @@ class RunStore:
 
     def metrics(self, target: str, block: int) -> Mapping[str, Any]:
         """The metrics stored with a committed block."""
-        return results.extra(self._read(target, block))
+        return results.extra(self._result_path(target, block))
 
     def _read(self, target: str, block: int) -> bytes:
         data = self._result_path(target, block).read_bytes()

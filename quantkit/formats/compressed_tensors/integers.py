@@ -17,7 +17,7 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.errors import UnsupportedError
 from quantkit.formats.compressed_tensors.layouts import layout_of, scale_shape
 from quantkit.formats.compressed_tensors.targets import groups_of
-from quantkit.numerics.bits import pack, packed_width, unpack
+from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
 from quantkit.schemes import Scheme
 from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
@@ -56,15 +56,13 @@ def encode(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
     out, width = q.codes.shape
     if layout_of(scheme) == "int-quantized":
         return {"weight": q.codes, "weight_scale": stored.flatten() if scheme.per_tensor else stored}
-    middle = 1 << (q.bits - 1)
-    codes = q.codes.to(torch.int32) + (middle if q.zero_point is None else 0)
     tensors = {
-        "weight_packed": pack(codes, q.bits),
+        "weight_packed": pack(unsigned(q.codes, q.bits), q.bits),
         "weight_scale": stored,
         "weight_shape": torch.tensor([out, width]),
     }
     if q.zero_point is not None:
-        packed = pack(q.zero_point.T.to(torch.int32), q.bits)
+        packed = pack(q.zero_point.T, q.bits)
         # not `contiguous`: a single word would keep a stride that cannot be viewed as bytes
         tensors["weight_zero_point"] = packed.T.clone(memory_format=torch.contiguous_format)
     return tensors
@@ -97,10 +95,9 @@ def decode(base: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
     packed = tensors["weight_packed"]
     bits = _bits_of(packed.shape[1], width, groups_of(base, config))
     codes = unpack(packed, bits, width)
-    middle = 1 << (bits - 1)
     zeros = tensors.get("weight_zero_point")
     return Affine(
-        codes=(codes.to(torch.int16) - middle).to(torch.int8) if zeros is None else codes,
+        codes=signed(codes, bits) if zeros is None else codes,
         bits=bits,
         scale=scale,
         group=(1, width // scale.shape[1]),
