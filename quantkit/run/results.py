@@ -1,26 +1,26 @@
 """Results of a block as flat safetensors bytes for the run store, and back.
 
 Codes are packed densely, so the store costs about one quantized copy of the model. Nesting is kept
-in one JSON document in the file's metadata.
+in one JSON document in the file's metadata. Bytes are made tensor by tensor, as they are written.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from quantkit.numerics.bits import pack, signed, unpack, unsigned
+from quantkit.checkpoint.header import TORCH_DTYPES, build_header
+from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
 from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor
 
 _META = "quantkit"
-_E8M0 = torch.float8_e8m0fnu
 # a prefix that no checkpoint name has
 _TENSOR = "|tensor|"
 
@@ -40,19 +40,90 @@ class BlockResult:
         return {linear.name: linear for linear in self.linears}
 
 
-def to_bytes(result: BlockResult, extra: Mapping[str, Any]) -> bytes:
-    """One block of one target; `extra` is JSON that travels along (metrics)."""
-    tensors: dict[str, Tensor] = {}
-    layout = {linear.name: _linear_form(linear, tensors) for linear in result.linears}
-    for name, tensor in result.tensors.items():
-        _flatten(_TENSOR + name, tensor, tensors)
-    return save(tensors, {_META: json.dumps({"weights": layout, "extra": extra})})
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One tensor of the file, made when its bytes are wanted."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def from_bytes(data: bytes) -> BlockResult:
-    """The result that `to_bytes` was given, equal in every bit."""
-    tensors = load(data)
-    layout = _metadata(data)["weights"]
+class Encoded:
+    """The bytes of one block of one target, in pieces; `extra` is JSON that travels along (metrics)."""
+
+    def __init__(self, result: BlockResult, extra: Mapping[str, Any]) -> None:
+        self._pieces: list[_Piece] = []
+        layout = {linear.name: self._linear(linear) for linear in result.linears}
+        for name, tensor in result.tensors.items():
+            self._flatten(_TENSOR + name, tensor)
+        # wider dtypes first, which keeps every tensor aligned
+        self._pieces.sort(key=lambda piece: -piece.dtype.itemsize)
+        at, placed = 0, []
+        for piece in self._pieces:
+            placed.append((piece.name, piece.dtype, piece.shape, at, at + piece.nbytes))
+            at += piece.nbytes
+        self._header = build_header(placed, {_META: json.dumps({"weights": layout, "extra": extra})})
+        self.size = len(self._header) + at
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self._header
+        for piece in self._pieces:
+            flat = piece.make().detach().cpu().contiguous().reshape(-1)
+            # one element is contiguous whatever its stride, but cannot be viewed as bytes then
+            yield flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
+
+    def _linear(self, linear: QuantizedLinear) -> Any:
+        self._flatten(f"{linear.name}|input_scale", linear.input_scale)
+        return self._flatten(linear.name, linear.weight)
+
+    def _flatten(self, name: str, value: QuantizedTensor | Tensor | None) -> Any:
+        match value:
+            case None:
+                return None
+            case Tensor():
+                held: Tensor = value
+                self._pieces.append(_Piece(name, held.dtype, tuple(held.shape), lambda: held))
+                return "tensor"
+            case Float():
+                self._flatten(f"{name}|values", value.values)
+                form: dict[str, Any] = {"type": "float"}
+            case Affine() | Codebook():
+                self._codes(f"{name}|codes", value.codes, value.bits)
+                kind = "affine" if isinstance(value, Affine) else "codebook"
+                form = {"type": kind, "signed": value.codes.dtype == torch.int8}
+                for part in ("table", "offset") if isinstance(value, Codebook) else _AFFINE:
+                    form[part] = self._flatten(f"{name}|{part}", getattr(value, part))
+                form["columns"] = value.codes.shape[1]
+            case _:
+                assert_never(value)
+        form |= {
+            "bits": value.bits,
+            "group": value.group,
+            "scale": self._flatten(f"{name}|scale", value.scale),
+        }
+        return form
+
+    def _codes(self, name: str, codes: Tensor, bits: int) -> None:
+        shape = (codes.shape[0], packed_width(codes.shape[1], bits))
+        self._pieces.append(_Piece(name, torch.int32, shape, lambda: pack(unsigned(codes, bits), bits)))
+
+
+_AFFINE = ("zero_point", "offset", "column_group", "row_group")
+
+
+def decode(data: bytes) -> BlockResult:
+    """The result that was encoded, equal in every bit."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    layout = json.loads(header.pop("__metadata__")[_META])["weights"]
+    body = memoryview(data)[8 + length :]
+    tensors = {name: _tensor(body, info) for name, info in header.items()}
     linears = [
         QuantizedLinear(name, _rebuild(name, form, tensors), tensors.get(f"{name}|input_scale"))
         for name, form in layout.items()
@@ -61,61 +132,22 @@ def from_bytes(data: bytes) -> BlockResult:
     return BlockResult(linears, beside)
 
 
+def _tensor(body: memoryview, info: Mapping[str, Any]) -> Tensor:
+    begin, end = info["data_offsets"]
+    dtype = TORCH_DTYPES[info["dtype"]]
+    if begin == end:
+        return torch.empty(info["shape"], dtype=dtype)
+    # a copy: the bytes are not writable, and are given up as a whole
+    return torch.frombuffer(bytearray(body[begin:end]), dtype=dtype).view(info["shape"])
+
+
 def extra(path: Path) -> Mapping[str, Any]:
-    """The JSON that `to_bytes` was given, from the header of a file of such bytes."""
+    """The JSON that was encoded along, from the header of a file of such bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     found: Mapping[str, Any] = json.loads(header["__metadata__"][_META])["extra"]
     return found
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    found: dict[str, Any] = json.loads(header["__metadata__"][_META])
-    return found
-
-
-def _linear_form(linear: QuantizedLinear, tensors: dict[str, Tensor]) -> Any:
-    _flatten(f"{linear.name}|input_scale", linear.input_scale, tensors)
-    return _flatten(linear.name, linear.weight, tensors)
-
-
-def _flatten(name: str, value: QuantizedTensor | Tensor | None, tensors: dict[str, Tensor]) -> Any:
-    match value:
-        case None:
-            return None
-        case Tensor():
-            # weights of one site may share a tensor (a column order), which the library refuses to write
-            tensors[name] = value.contiguous().cpu().clone()
-            if value.dtype == _E8M0:
-                # the library writes this dtype and cannot read it
-                tensors[name] = tensors[name].view(torch.uint8)
-                return "e8m0"
-            return "tensor"
-        case Float():
-            _flatten(f"{name}|values", value.values, tensors)
-            form: dict[str, Any] = {"type": "float"}
-        case Affine() | Codebook():
-            is_signed = value.codes.dtype == torch.int8
-            tensors[f"{name}|codes"] = pack(unsigned(value.codes, value.bits), value.bits).cpu()
-            form = {"type": "affine" if isinstance(value, Affine) else "codebook", "signed": is_signed}
-            fields = ("table", "offset") if isinstance(value, Codebook) else _AFFINE
-            for part in fields:
-                form[part] = _flatten(f"{name}|{part}", getattr(value, part), tensors)
-            form["columns"] = value.codes.shape[1]
-        case _:
-            assert_never(value)
-    form |= {
-        "bits": value.bits,
-        "group": value.group,
-        "scale": _flatten(f"{name}|scale", value.scale, tensors),
-    }
-    return form
-
-
-_AFFINE = ("zero_point", "offset", "column_group", "row_group")
 
 
 def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -142,10 +174,4 @@ def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTe
 
 
 def _value(name: str, form: Any, tensors: Mapping[str, Tensor]) -> Tensor | QuantizedTensor:
-    match form:
-        case "tensor":
-            return tensors[name]
-        case "e8m0":
-            return tensors[name].view(_E8M0)
-        case _:
-            return _rebuild(name, form, tensors)
+    return tensors[name] if form == "tensor" else _rebuild(name, form, tensors)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from quantkit.checkpoint.atomic import fsync_dir, write_bytes, write_error
+from quantkit.checkpoint.atomic import AtomicFile, fsync_dir, write_bytes, write_error
 from quantkit.errors import ResumeError, UsageError
 from quantkit.run import results
 from quantkit.run.results import BlockResult
@@ -107,7 +107,7 @@ class RunStore:
 
     def load(self, target: str, block: int) -> BlockResult:
         """Results of a committed block."""
-        return results.from_bytes(self._read(target, block))
+        return results.decode(self._read(target, block))
 
     def metrics(self, target: str, block: int) -> Mapping[str, Any]:
         """The metrics stored with a committed block."""
@@ -137,9 +137,7 @@ class RunStore:
         for target, (result, extra) in made.items():
             path = self._result_path(target, block)
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = results.to_bytes(result, extra)
-            write_bytes(path, data)
-            sums[target] = hashlib.sha256(data).hexdigest()
+            sums[target] = _write(path, results.Encoded(result, extra))
         self._append({"block": block, "results": sums, "streams_key": streams_key, "streams": dict(streams)})
         self._forget(block + 2 - _GENERATIONS)
 
@@ -203,6 +201,20 @@ class RunStore:
         for generation in folder.iterdir():
             if generation.name.isdecimal() and int(generation.name) < before:
                 shutil.rmtree(generation, ignore_errors=True)
+
+
+def _write(path: Path, encoded: results.Encoded) -> str:
+    """Write a file piece by piece; returns the sha256 of its bytes."""
+    out = AtomicFile(path, size=encoded.size)
+    digest = hashlib.sha256()
+    try:
+        for piece in encoded:
+            digest.update(piece)
+            out.write(piece)
+        out.commit()
+    finally:
+        out.discard()
+    return digest.hexdigest()
 
 
 def _intact(path: Path, recorded: str) -> bool:

@@ -26,7 +26,7 @@ from quantkit.formats.hqq import FORMAT, parse
 from quantkit.methods.hqq import Params, quantizer
 from quantkit.numerics import hqq
 from quantkit.run.report import Report
-from quantkit.tensors import QuantizedLinear, dequantize
+from quantkit.tensors import Affine, QuantizedLinear, dequantize
 from tests.interop.conftest import WIDE
 from tests.interop.engines import Source, distance, engine_warnings, load, logits, make, perplexity, quantize
 
@@ -182,16 +182,17 @@ def test_perplexity_is_what_the_report_says(scheme: str, llama: Source, results:
     assert perplexity(with_hqq(results[0] / scheme), llama) == pytest.approx(told.target.value, rel=1e-3)
 
 
-def test_codes_are_those_the_library_would_store(llama: Source, results: tuple[Path, Report]) -> None:
-    """Of a weight that is solved by itself, but for the rounding of scale and zero point to float16."""
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj"])
+def test_the_library_would_store_the_same(module: str, llama: Source, results: tuple[Path, Report]) -> None:
+    """Codes are chosen after scale and zero point were rounded to float16, there before: ties may differ."""
     source, made = Checkpoint.open(llama.folder), Checkpoint.open(results[0] / "w4g64")
-    name = "model.layers.1.mlp.down_proj"
-    codes, scale, zero = solved(source.read(f"{name}.weight").float(), 4, 64, 1)
-    assert torch.equal(made.read(f"{name}.scale"), scale.half())
-    assert torch.equal(made.read(f"{name}.zero"), zero.half())
-    tensors = {n: made.read(n) for n in made.tensors if FORMAT.base_name(n) == f"{name}.weight"}
-    q = FORMAT.decode(f"{name}.weight", tensors, {}).weight
-    assert float((q.codes.view(-1, 64) != codes).float().mean()) < 2e-3  # type: ignore[union-attr]
+    codes, scale, zero = solved(source.read(f"{module}.weight").float(), 4, 64, 1)
+    tensors = {n: made.read(n) for n in made.tensors if FORMAT.base_name(n) == f"{module}.weight"}
+    assert torch.equal(tensors[f"{module}.scale"], scale.half())
+    assert torch.equal(tensors[f"{module}.zero"], zero.half())
+    found = FORMAT.decode(f"{module}.weight", tensors, {}).weight
+    assert isinstance(found, Affine)
+    assert float((found.codes.view(-1, 64) != codes).float().mean()) < 2e-3
 
 
 def test_bfloat16_sources_biases_mixed_widths_and_kept_weights(source: Make, tmp_path: Path) -> None:

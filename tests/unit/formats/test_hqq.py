@@ -345,6 +345,13 @@ def test_measure_counts_the_weights_of_files_by_others(name: str) -> None:
     assert 0 <= shape[0] * shape[1] - 128 * 640 < (10 * shape[1] if padded else 1)
 
 
+def test_measure_survives_a_model_s_own_scale() -> None:
+    name = "model.layers.0.router.scale"
+    info = TensorInfo(name, "BF16", (64,), Path("x"), 0, 128)
+    found = FORMAT.config(facts(parse("w4g64"), {weight(): parse("w4g64")}))
+    assert FORMAT.measure("model.layers.0.router.weight", {name: info}, found) == ((1, 64), 16)
+
+
 def test_plain_tensors_belong_to_nothing() -> None:
     for name in ("model.norm.weight", "x.bias", "x.weight", "lm_head.weight"):
         assert FORMAT.base_name(name) is None

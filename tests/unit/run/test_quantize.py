@@ -314,6 +314,39 @@ def test_an_expert_that_no_token_reached_is_rounded_and_said_to_be(rng: torch.Ge
     assert both.metrics.note == f"{one.metrics.note}; {refused.note}"
 
 
+@pytest.mark.parametrize(
+    ("method", "scheme", "value", "message"),
+    [
+        ("rtn", "w4g16", 1e9, r"`b\.0\.k\.weight`: a scale of 1.43e\+08 does not fit float16"),
+        ("llm_int8", "w8a8_mixed", 7e4, r"`b\.0\.k\.weight`: a weight of 70,000 is beyond float16"),
+        # solved together: any of them may be meant
+        ("gptq", "w4g16", 1e9, r"`b\.0\.q\.weight`, `b\.0\.k\.weight`, `b\.0\.v\.weight`: a scale of"),
+    ],
+)
+def test_errors_name_the_weights(
+    method: str,
+    scheme: str,
+    value: float,
+    message: str,
+    matrices: dict[str, Tensor],
+    rng: torch.Generator,
+) -> None:
+    """A method does not know what it rounds, and a rule needs a name."""
+    matrices[K.name][1, 3] = value
+    options = {"report_outliers": False} if method == "llm_int8" else {"scales": "absmax"}
+    target = plan(method, everywhere(parse_scheme(scheme)), options=options)
+    with pytest.raises(NumericsError, match=message) as caught:
+        solve(SITE, statistics_of(activations(32, 100, rng)), matrices, [target])
+    assert caught.value.remedy is not None and "rule" in caught.value.remedy
+
+
+def test_broken_statistics_name_the_weights(matrices: dict[str, Tensor], rng: torch.Generator) -> None:
+    x = activations(32, 100, rng)
+    x[3, 4] = torch.inf
+    with pytest.raises(NumericsError, match=r"`b\.0\.q\.weight`, .*non-finite"):
+        solve(SITE, statistics_of(x), matrices, [plan("gptq", everywhere(FOUR))])
+
+
 def test_source_weights_are_not_modified(matrices: dict[str, Tensor], rng: torch.Generator) -> None:
     kept = {name: w.clone() for name, w in matrices.items()}
     stats = statistics_of(activations(32, 100, rng))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def one(q: QuantizedTensor, name: str = "a") -> BlockResult:
     return BlockResult([QuantizedLinear(name, q)])
 
 
+def encoded(result: BlockResult, extra: Mapping[str, object]) -> bytes:
+    whole = results.Encoded(result, extra)
+    data = b"".join(whole)
+    assert len(data) == whole.size
+    return data
+
+
 def alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
     return a.name == b.name and same(a.weight, b.weight) and same(a.input_scale, b.input_scale)
 
@@ -70,8 +78,8 @@ def alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_round_trip_is_equal_in_every_bit(name: str, tmp_path: Path) -> None:
     given_linear = QuantizedLinear("model.layers.0.x.weight", EXAMPLES[name])
-    data = results.to_bytes(BlockResult([given_linear]), {"seconds": 1.5})
-    (found,) = results.from_bytes(data).linears
+    data = encoded(BlockResult([given_linear]), {"seconds": 1.5})
+    (found,) = results.decode(data).linears
     assert alike(found, given_linear)
     assert torch.equal(dequantize(found.weight), dequantize(given_linear.weight))
     (tmp_path / "block").write_bytes(data)
@@ -80,9 +88,9 @@ def test_round_trip_is_equal_in_every_bit(name: str, tmp_path: Path) -> None:
 
 def test_many_weights_keep_their_order_and_the_same_bytes() -> None:
     linears = [QuantizedLinear(f"w{9 - n}", q) for n, q in enumerate(EXAMPLES.values())]
-    data = results.to_bytes(BlockResult(linears), {})
-    assert data == results.to_bytes(BlockResult(linears), {})
-    found = results.from_bytes(data)
+    data = encoded(BlockResult(linears), {})
+    assert data == encoded(BlockResult(linears), {})
+    found = results.decode(data)
     assert [f.name for f in found.linears] == [linear.name for linear in linears]
     assert all(alike(a, b) for a, b in zip(found.linears, linears, strict=True))
     assert found.by_name().keys() == {linear.name for linear in linears} and found.tensors == {}
@@ -94,7 +102,7 @@ def test_scales_of_inputs_travel_along(rng: torch.Generator) -> None:
         for name in ("w8a8", "w8a8_static", "fp8a8_static")
     ]
     linears[1] = replace(linears[1], input_scale=torch.tensor([0.7], dtype=torch.bfloat16))
-    found = results.from_bytes(results.to_bytes(BlockResult(linears), {})).linears
+    found = results.decode(encoded(BlockResult(linears), {})).linears
     assert all(alike(a, b) for a, b in zip(found, linears, strict=True))
     assert [f.input_scale is None for f in found] == [True, False, False]
 
@@ -108,11 +116,11 @@ def test_tensors_beside_the_weights_travel_along(rng: torch.Generator) -> None:
     }
     # a weight of the same name and one whose parts look alike are no tensors
     linears = [random_linear(name, (4, 32), Scheme(4, 8), rng) for name in (*tensors, "tensor")]
-    found = results.from_bytes(results.to_bytes(BlockResult(linears, tensors), {}))
+    found = results.decode(encoded(BlockResult(linears, tensors), {}))
     assert found.tensors.keys() == tensors.keys()
     assert all(same(found.tensors[name], tensor) for name, tensor in tensors.items())
     assert all(alike(a, b) for a, b in zip(found.linears, linears, strict=True))
-    alone = results.from_bytes(results.to_bytes(BlockResult([], tensors), {}))
+    alone = results.decode(encoded(BlockResult([], tensors), {}))
     assert alone.linears == [] and alone.tensors.keys() == tensors.keys()
 
 
@@ -120,7 +128,7 @@ def test_weights_may_share_tensors() -> None:
     q = EXAMPLES["regrouped"]
     scale = torch.tensor([0.5])
     both = [QuantizedLinear("a", q, scale), QuantizedLinear("b", q, scale)]
-    found = results.from_bytes(results.to_bytes(BlockResult(both), {})).linears
+    found = results.decode(encoded(BlockResult(both), {})).linears
     assert all(alike(a, b) for a, b in zip(found, both, strict=True))
 
 
@@ -128,14 +136,14 @@ def test_slices_of_a_stack_are_written_alone() -> None:
     stack = random_affine((400, 64), Scheme(4, 8), torch.Generator().manual_seed(1))
     assert isinstance(stack.scale, torch.Tensor)
     part = replace(stack, codes=stack.codes[4:6], scale=stack.scale[4:6])
-    data = results.to_bytes(one(part), {})
+    data = encoded(one(part), {})
     assert len(data) < 2000
-    assert same(results.from_bytes(data).linears[0].weight, part)
+    assert same(results.decode(data).linears[0].weight, part)
 
 
 def test_a_block_without_weights(tmp_path: Path) -> None:
-    data = results.to_bytes(BlockResult([]), {"note": "Größe"})
-    assert results.from_bytes(data) == BlockResult([])
+    data = encoded(BlockResult([]), {"note": "Größe"})
+    assert results.decode(data) == BlockResult([])
     (tmp_path / "block").write_bytes(data)
     assert results.extra(tmp_path / "block") == {"note": "Größe"}
 
@@ -145,12 +153,12 @@ def test_codes_are_packed_densely(scheme: str, bits: float, rng: torch.Generator
     wide = random_quantized((64, 1024), parse_scheme(scheme), rng)
     size = 64 * 1024 * bits / 8
     # headers, and what there is one of for each row or weight
-    assert size < len(results.to_bytes(one(wide), {})) < size + 2500
+    assert size < len(encoded(one(wide), {})) < size + 2500
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 8), st.booleans(), st.integers(1, 40), st.integers(0, 99))
 def test_every_width_survives(bits: int, sym: bool, width: int, seed: int) -> None:
     q: Affine = random_affine((2, width), Scheme(bits, sym=sym), torch.Generator().manual_seed(seed))
-    (found,) = results.from_bytes(results.to_bytes(one(q), {})).linears
+    (found,) = results.decode(encoded(one(q), {})).linears
     assert same(found.weight, q)
