@@ -218,13 +218,14 @@ class Scheme:
         elif fitting:
             use = f"use group_size {' or '.join(map(str, fitting))}"
         else:
-            use = "use one scale per row"
+            use = "use w4 or w8" if self.numbers in _TABLES else "use one scale per row"
         return f"{name} is {size:,}, not a multiple of {wanted}; {use}, or keep the weight with a rule"
 
 
 def _inputs_suffix(activations: Activations) -> str:
     if activations.outliers is not None:
-        return "_mixed" if activations.outliers == OUTLIERS else f"_mixed{activations.outliers:g}"
+        exact = f"{activations.outliers:.10f}".rstrip("0").rstrip(".")
+        return "_mixed" if activations.outliers == OUTLIERS else f"_mixed{exact}"
     return "" if activations.dynamic else "_static"
 
 

@@ -136,8 +136,8 @@ def _floored(importance: Tensor) -> Tensor:
 def _search(w: Tensor, v: Tensor | None, levels: Levels, stored: Stored) -> tuple[Tensor, Tensor | None]:
     """Best grid per row of w (rows, g) by v-weighted squared error: coarse candidates, then their neighbours.
 
-    The scale that spans the row is compared last, as stored: neither the spacing of the candidates nor
-    the rounding of the refit can make the search worse than it.
+    The scales that span the row by convention are compared last, as stored: neither the spacing of the
+    candidates nor the rounding of the refit can make the search worse than any of them.
     """
     full, zeros = _extent(w, levels)
     best = _Best(w, v, levels, stored)
@@ -151,13 +151,25 @@ def _search(w: Tensor, v: Tensor | None, levels: Levels, stored: Stored) -> tupl
     centre, zero = best.trial, best.zero
     for offset in _FINE:
         best.offer(centre + full * offset * centre.sign(), zero)
-    found = stored.round(best.scale)
-    plain, plain_zero = span(w, levels, stored, "absmax")
-    worse = _error(w, v, found, best.zero, levels) > _error(w, v, plain, plain_zero, levels)
-    worse |= _largest(w) == 0
-    if best.zero is None or plain_zero is None:
-        return torch.where(worse, plain, found), None
-    return torch.where(worse, plain, found), torch.where(worse, plain_zero, best.zero)
+    scale, zero = stored.round(best.scale), best.zero
+    error = _error(w, v, scale, zero, levels)
+    for convention in _conventions(levels, stored):
+        plain, plain_zero = span(w, levels, stored, convention)
+        other = _error(w, v, plain, plain_zero, levels)
+        # a group of zeros has nothing to search for
+        better = (other < error) | (_largest(w) == 0)
+        scale, error = torch.where(better, plain, scale), torch.where(better, other, error)
+        if zero is not None and plain_zero is not None:
+            zero = torch.where(better, plain_zero, zero)
+    return scale, zero
+
+
+def _conventions(levels: Levels, stored: Stored) -> tuple[Scales, ...]:
+    """Those that differ on this grid."""
+    if isinstance(stored, PowersOfTwo):
+        return ("absmax", "half_step")
+    signed = isinstance(levels, Integers) and levels.sym
+    return ("absmax", "half_step", "full_range") if signed else ("absmax",)
 
 
 class _Best:

@@ -149,7 +149,7 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(torch.isfinite(stored).all()):
         raise NumericsError(
             f"a scale of {float(scale.abs().max()):.3g} does not fit {str(dtype).removeprefix('torch.')}",
-            remedy="store scales in bfloat16 or float32, or keep the weight with a rule",
+            remedy="keep the weight with a rule, or use a format that stores scales in bfloat16 or float32",
         )
     tiny = _SMALLEST.get(dtype, torch.finfo(dtype).tiny)
     small = stored.abs() < tiny

@@ -113,7 +113,7 @@ def scheme_name(text: str, info: FormatInfo) -> str:
         return info.parse(text).name
     except RecipeError as error:
         close = suggest(text, info.presets, cutoff=0.5)
-        if not close:
+        if not close or not error.message.startswith("unknown scheme"):
             raise
         raise RecipeError(f"unknown scheme {text!r}{close}", remedy=error.remedy) from None
 

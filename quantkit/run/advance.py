@@ -51,7 +51,9 @@ class Streams:
                 if not bool(torch.isfinite(batch).all()):
                     raise NumericsError(
                         f"hidden states entering block {generation} are not finite on stream `{stream}`",
-                        remedy="run the forward pass in float32: --dtype float32",
+                        remedy="the source overflows too: check it"
+                        if self._dtype == torch.float32
+                        else "run the forward pass in float32: --dtype float32",
                     )
                 writer.append(batch.to(self._dtype))
             self._written[self.name(stream, rows)] = writer.commit()

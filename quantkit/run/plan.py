@@ -27,6 +27,7 @@ from quantkit.run.files import entries, parameters, quantized_parameters
 from quantkit.run.table import Table
 
 DEMO = "demo"
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,7 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
             remedy="give the original 16-bit checkpoint it was made from",
         )
     graph = build_graph(checkpoint)
+    _check_floats(source, checkpoint, graph)
     from quantkit import __version__
 
     resolved = resolve(recipe, graph, checkpoint.dtype, __version__)
@@ -159,6 +161,17 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
     return Plan(
         recipe, source, checkpoint, graph, resolved.targets, shards, needed, blockers, resolved.warnings
     )
+
+
+def _check_floats(source: Source, checkpoint: Checkpoint, graph: ModelGraph) -> None:
+    """A matrix of integers or of 8-bit floats means nothing without its scales, whatever the config says."""
+    for weight in graph.weights():
+        dtype = checkpoint.tensors[weight.name].dtype
+        if dtype not in _FLOATS:
+            raise SourceError(
+                f"`{weight.name}` of `{source.requested}` is stored as {dtype}: it is already quantized",
+                remedy="give the original 16-bit checkpoint it was made from",
+            )
 
 
 def locate(source: str, *, offline: bool, cache_dir: Path | None) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def level(part: str) -> int:
     raise AssertionError(f"quantkit/{part} has no layer: add it to LAYERS")
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text("utf-8"))
 
@@ -100,8 +102,7 @@ def test_ceilings(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_names(path: Path) -> None:
     assert path.stem not in FORBIDDEN_NAMES, "a thing that cannot be named has not been understood"
-    source = path.read_text("utf-8")
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree(path)):
         names = []
         if isinstance(node, ast.arg):
             names = [node.arg]
@@ -109,6 +110,8 @@ def test_names(path: Path) -> None:
             names = [node.name]
         for name in names:
             assert name != "block_size", f"{relative(path)}: `block_size` means five things; say which"
+            words = name.strip("_").lower().split("_")
+            assert not {"layer", "layers"} & set(words), f"{relative(path)}: {name}: say block, or weight"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -125,6 +128,10 @@ def test_nothing_forbidden(path: Path) -> None:
             )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{where}: files from strangers are hostile"
+            if node.func.id == "getattr" and len(node.args) == 3:
+                line = path.read_text("utf-8").splitlines()[node.lineno - 1]
+                assert "#" in line, f"{where}: if it may be absent, its type says so; or say why not"
+        assert not isinstance(node, ast.Assert), f"{where}: raise an error that says what to do"
         if isinstance(node, ast.ExceptHandler) and own != "cli":
             caught = node.type.id if isinstance(node.type, ast.Name) else ""
             assert node.type is not None and caught not in ("Exception", "BaseException"), (

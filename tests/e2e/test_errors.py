@@ -86,18 +86,103 @@ def test_orphan_tensor(convert: Convert, broken: Path) -> None:
     assert code == 2 and "sideways_proj" in error
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nonfinite_weights(convert: Convert, broken: Path, value: float) -> None:
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = value
-    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    code, error = convert(broken)
-    assert code == 1 and "model.layers.1.self_attn.o_proj.weight" in error and "3, 5" in error
+def damage(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change one tensor of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_indivisible_group(convert: Convert, checkpoint: Path) -> None:
-    code, error = convert(checkpoint, target="gptq:w4g128")
-    assert code == 2 and "not a multiple of 128" in error and "use group_size 64" in error
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[3, 5] = value
+        return tensor
+
+    return put
+
+
+TARGETS = (
+    *("gptq:w4g32", "bitsandbytes:nf4g32_dq", "bitsandbytes:int8@report_outliers=false", "hqq:w4g32"),
+    *("compressed_tensors:fp8", "compressed_tensors:nvfp4", "compressed_tensors:w8a8@transforms=smoothquant"),
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nonfinite_weights(convert: Convert, broken: Path, target: str) -> None:
+    value = float("nan") if "4" in target else -float("inf")
+    damage(broken, "model.layers.1.self_attn.o_proj.weight", with_value(value))
+    code, error = convert(broken, "--no-eval", target=target)
+    assert code == 1 and "`model.layers.1.self_attn.o_proj.weight` is" in error and "[3, 5]" in error
+    assert "the checkpoint is damaged; fetch it again" in error
+
+
+def test_nonfinite_norms(convert: Convert, broken: Path) -> None:
+    damage(broken, "model.layers.1.input_layernorm.weight", lambda norm: norm * float("inf"))
+    code, error = convert(broken, target="compressed_tensors:w8a8@transforms=smoothquant")
+    assert code == 1 and "`model.layers.1.input_layernorm.weight` is inf at index [0]" in error
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "problem"),
+    [
+        ("gptq:w4g32@method=rtn", 1e7, "does not fit float16"),
+        ("hqq:w4g32", 1e7, "does not fit float16"),
+        ("bitsandbytes:int8@report_outliers=false", 7e4, "a weight of 70,000 is beyond float16"),
+    ],
+)
+def test_values_that_a_file_cannot_hold(
+    convert: Convert, broken: Path, target: str, value: float, problem: str
+) -> None:
+    damage(broken, "model.layers.1.mlp.up_proj.weight", with_value(value))
+    code, error = convert(broken, "--no-eval", target=target)
+    assert code == 1 and "`model.layers.1.mlp.up_proj.weight`: " in error and problem in error
+    assert "keep" in error and "with a rule" in error
+    kept = ("--rule", "model.layers.1.mlp.up_proj=keep")
+    assert convert(broken, "--no-eval", *kept, target=target)[0] == 0, "what the error says helps"
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (lambda w: w[0], "(64,)"),
+        (torch.flatten, "(6144,)"),
+        (lambda w: w[:0], "(0, 64)"),
+        (lambda w: w[:, :0], "(96, 0)"),
+        (lambda w: w[None], "(1, 96, 64)"),
+    ],
+    ids=["a vector", "flat", "no rows", "no columns", "stacked"],
+)
+def test_shapes_that_are_no_matrix(
+    convert: Convert, broken: Path, change: Callable[[torch.Tensor], torch.Tensor], shape: str
+) -> None:
+    damage(broken, "model.layers.1.mlp.up_proj.weight", change)
+    code, error = convert(broken, target="bitsandbytes:nf4g32")
+    assert code == 2 and f"`model.layers.1.mlp.up_proj.weight` has shape {shape}" in error
+    assert "the config says (96, 64)" in error and "check that config.json belongs to these weights" in error
+
+
+def test_empty_norms(convert: Convert, broken: Path) -> None:
+    damage(broken, "model.layers.0.input_layernorm.weight", lambda norm: norm[:0])
+    code, error = convert(broken, target="compressed_tensors:fp8")
+    assert code == 2 and "`model.layers.0.input_layernorm.weight` has shape (0,)" in error
+
+
+@pytest.mark.parametrize(
+    ("target", "multiple", "remedy"),
+    [
+        ("gptq:w4g128", "64, not a multiple of 128", "use group_size 64"),
+        ("compressed_tensors:w4g128", "64, not a multiple of 128", "use group_size 64"),
+        ("compressed_tensors:fp8_block", "64, not a multiple of 128", "use fp8 with one scale per row"),
+        ("bitsandbytes:nf4", "96, not a multiple of 64", "use nf4g32"),
+        ("hqq:w4g64", "96, not a multiple of 64", "use group_size 32"),
+    ],
+)
+def test_indivisible_group(
+    convert: Convert, checkpoint: Path, target: str, multiple: str, remedy: str
+) -> None:
+    code, error = convert(checkpoint, target=target)
+    assert code == 2 and multiple in error and remedy in error and "keep the weight with a rule" in error
+    assert "`model.layers.0." in error
 
 
 def test_unknown_key(convert: Convert, checkpoint: Path) -> None:
@@ -122,13 +207,25 @@ def test_rule_that_matches_nothing(convert: Convert, checkpoint: Path) -> None:
     assert code == 2 and "matches no weight" in error
 
 
-def test_already_quantized_source(convert: Convert, broken: Path) -> None:
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "compressed-tensors", "fp8"])
+def test_already_quantized_source(convert: Convert, broken: Path, method: str) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "awq"}})
+        json.dumps({**config, "quantization_config": {"quant_method": method}})
     )
-    code, error = convert(broken)
-    assert code == 2 and "already quantized (awq)" in error
+    code, error = convert(broken, target="bitsandbytes:nf4g32")
+    assert code == 2 and f"already quantized ({method})" in error
+    assert "give the original 16-bit checkpoint it was made from" in error
+
+
+@pytest.mark.parametrize("target", ["hqq:w4g32", "bitsandbytes:nf4g32@method=rtn"])
+def test_what_was_made_is_no_source(convert: Convert, checkpoint: Path, tmp_path: Path, target: str) -> None:
+    assert (
+        convert(checkpoint, "--no-eval", target=f"{target}{',' if '@' in target else '@'}name=made")[0] == 0
+    )
+    made = (tmp_path / "out").rename(tmp_path / "before") / "made"
+    code, error = convert(made, target="gptq:w4g32")
+    assert code == 2 and "`" + str(made) + "` is already quantized (" in error
 
 
 def test_cuda_that_is_not_there(convert: Convert, checkpoint: Path) -> None:

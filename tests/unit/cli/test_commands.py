@@ -157,16 +157,6 @@ def test_recipes_schema(quantkit: Callable[..., Any], fakes: object) -> None:
     assert json.loads(shown.out)["additionalProperties"] is False
 
 
-def test_formats(quantkit: Callable[..., Any]) -> None:
-    document = json.loads(quantkit("formats", "--json").out)
-    rows = {row["target"]: row for row in document["targets"]}
-    assert rows["gptq:w4g128"]["note"] == "default"
-    # 4 bits, and per group of 128 a 16-bit scale at least.
-    assert 4 + 16 / 128 <= rows["gptq:w4g128"]["bits_per_weight"] < 4.3
-    assert {"gptq", "rtn"} <= {row["method"] for row in document["methods"]}
-    assert "gptq:w4g128" in quantkit("formats").out
-
-
 def test_doctor(quantkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     document = json.loads(quantkit("doctor", "--json").out)
     assert document["quantkit"] == __version__

@@ -120,7 +120,7 @@ def test_environment_values_stay_out_of_print_recipe(
             "--max-memory device.max_memory: 'much' is not a size",
         ),
         (["x", "--to", "gptq", "--rule", "lm_head"], "--rule lm_head: write MATCH=keep or MATCH=SCHEME"),
-        (["x", "--to", "gptq", "--rule", "a=w99"], "--rule rules[0].scheme: bits must be 2 to 8"),
+        (["x", "--to", "gptq", "--rule", "a=w99"], "--rule rules[0].scheme: bits must be 1 to 8, not 99"),
         (["x", "--to", "gptq", "--set", "a"], "--set a: write PATH=VALUE"),
         (["x", "--to", "gptq", "--eval-style", "gptq-x"], "--eval-style gptq-x: write"),
         (["x", "--to", "gptq", "--eval-style", "harness"], "must be 'llamacpp' or 'gptq', not 'harness'"),

@@ -79,7 +79,7 @@ def test_reads(text: str, targets: list[dict[str, Any]]) -> None:
         ("gptq@method=gptk", "unknown method 'gptk'; did you mean 'gptq'?"),
         ("gptq:w4,w8@name=x", "cannot be the name of 2 targets"),
         ("nf4:nf4_dq", "'nf4' stands for bitsandbytes:nf4 and takes no scheme (write bitsandbytes:nf4_dq)"),
-        ("nf4_dq", "'nf4_dq' is a scheme, write FORMAT:nf4_dq"),
+        ("fp8_block", "'fp8_block' is a scheme, write FORMAT:fp8_block"),
         ("int88", "unknown format 'int88'; did you mean 'int8'?"),
         ("bnb:int88", "unknown scheme 'int88'; did you mean 'int8'?"),
         ("gptq@kv_cache=fp16", "must be 'fp8' or 'int8' or null, not 'fp16'"),
