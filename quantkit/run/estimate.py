@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +59,11 @@ def estimate(
     # one site's rows in fp32, stacked, with working copies of a piece of them, and the codes of the block
     solve = factor + 3 * 4 * widest * tallest + weights * len(resolved.targets)
     fixed = _BASE_BYTES + max(outer * 2, forward, solve)
-    every = max(
-        (sum(nbytes(s.width, Need.GRAM | Need.SQUARES) for s in b.sites) for b in graph.blocks), default=0
-    )
+    needs = functools.reduce(operator.or_, (t.needs for t in resolved.targets), Need.SQUARES)
+    every = max((sum(nbytes(s.width, needs) for s in b.sites) for b in graph.blocks), default=0)
     allowed = recipe.device.max_bytes or int(0.8 * budget.available(on))
-    statistics = min(every, max(allowed - fixed, 0)) if gram else 0
+    # with too little for all sites of a block, rows run through it once per part
+    statistics = min(every, max(allowed - fixed, 0)) if any(t.calibrated for t in resolved.targets) else 0
     outputs = sum(s.total_bytes for s in shards.values())
     store = sum(quantized_parameters(t) * (t.default.bits + 1) // 8 for t in resolved.targets)
     streams = _stream_bytes(recipe, resolved, checkpoint, hidden * itemsize)
