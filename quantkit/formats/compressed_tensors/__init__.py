@@ -81,8 +81,9 @@ class CompressedTensors:
         return source_dtype
 
     def convention(self, scheme: Scheme) -> Convention:
-        # the library maps max|W| half a step past the last code: / 7.5, / 127.5
-        return "half_step" if scheme.numbers == "int" else "absmax"
+        # the library maps max|W| half a step past the last code, / 7.5 and / 127.5, and that of mxfp4 groups
+        # into [3.5, 7) times its power of two
+        return "half_step" if scheme.numbers in ("int", "mxfp4") else "absmax"
 
     def holds_column_groups(self) -> bool:
         return False

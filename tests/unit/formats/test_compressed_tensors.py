@@ -109,6 +109,7 @@ def test_scales_are_stored_in_the_dtype_of_the_model() -> None:
 
 def test_the_largest_weight_lies_half_a_step_past_the_last_code() -> None:
     assert FORMAT.convention(parse_scheme("w4g128")) == "half_step"
+    assert FORMAT.convention(parse_scheme("mxfp4")) == "half_step"
     assert FORMAT.convention(parse_scheme("fp8")) == "absmax"
 
 
