@@ -6,12 +6,16 @@ smallest content hash, so even the sample depends on neither order nor sharding.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Flag, auto
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 SAMPLE_ROWS = 256
 _GRAM_ROWS = 256
@@ -29,6 +33,11 @@ class Need(Flag):
     ABSSUM = auto()
     GRAM = auto()
     SAMPLE = auto()
+    HELDOUT = auto()
+
+
+# What is kept of the tokens that are held out; a choice is judged by sums alone.
+_JUDGED = Need.SQUARES | Need.ABSSUM | Need.GRAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,8 @@ class Statistics:
     abssum   (in,)     Σ |x|
     gram     (in, in)  Σ x xᵀ
     sample   (n, in)   distinct rows of x with the smallest content hash, n ≤ SAMPLE_ROWS
+    held     the same sums over the tokens held out, which all others include; decisions are judged on
+             them and final solves use everything
     """
 
     tokens: int
@@ -49,6 +60,7 @@ class Statistics:
     abssum: Tensor | None = None
     gram: Tensor | None = None
     sample: Tensor | None = None
+    held: Statistics | None = None
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -58,7 +70,27 @@ class Statistics:
             _both(self.abssum, other.abssum, torch.add),
             _both(self.gram, other.gram, torch.add),
             _both(self.sample, other.sample, _merge_samples),
+            _both(self.held, other.held, operator.add),
         )
+
+    def split(self) -> tuple[Statistics, Statistics]:
+        """(what to decide from, what to judge by): without the tokens held out, and those alone.
+
+        Both are everything when none or all tokens were held out. Largest magnitudes and the sample cannot
+        be taken apart and cover all tokens. The gram of the first is a copy.
+        """
+        held = self.held
+        if held is None or held.tokens in (0, self.tokens):
+            return self, self
+        rest = replace(
+            self,
+            tokens=self.tokens - held.tokens,
+            squares=_less(self.squares, held.squares),
+            abssum=_less(self.abssum, held.abssum),
+            gram=_less(self.gram, held.gram),
+            held=None,
+        )
+        return rest, held
 
     def importance(self) -> Tensor:
         """(in,) mean square of each input, the weight of its column in a scale search."""
@@ -79,6 +111,7 @@ class Statistics:
             None if self.abssum is None else self.abssum / factors,
             None if self.gram is None else _scaled_gram(self.gram, factors),
             None if self.sample is None else self.sample / factors,
+            None if self.held is None else self.held.through(factors),
         )
 
 
@@ -95,13 +128,15 @@ def zero(width: int, need: Need, device: torch.device) -> Statistics:
         empty(width) if Need.ABSSUM in need else None,
         empty(width, width) if Need.GRAM in need else None,
         empty(0, width) if Need.SAMPLE in need else None,
+        zero(width, need & _JUDGED, device) if Need.HELDOUT in need else None,
     )
 
 
-def update(stats: Statistics, x: Tensor) -> Statistics:
+def update(stats: Statistics, x: Tensor, *, held_out: bool = False) -> Statistics:
     """`stats` plus the rows of x (tokens, in); sums are accumulated in place, in fp32.
 
-    The gram of the new rows is added by one matrix product with fp32 accumulation.
+    The gram of the new rows is added by one matrix product with fp32 accumulation. `held_out` rows count
+    among those that decisions are judged on, too.
     """
     x = x.reshape(-1, x.shape[-1]).to(torch.float32)
     if stats.squares is not None:
@@ -113,9 +148,8 @@ def update(stats: Statistics, x: Tensor) -> Statistics:
     if stats.gram is not None:
         stats.gram.addmm_(x.T, x)
     sample = None if stats.sample is None else _merge_samples(stats.sample, x)
-    return Statistics(
-        stats.tokens + x.shape[0], stats.squares, stats.absmax, stats.abssum, stats.gram, sample
-    )
+    held = update(stats.held, x) if held_out and stats.held is not None else stats.held
+    return replace(stats, tokens=stats.tokens + x.shape[0], sample=sample, held=held)
 
 
 def nbytes(width: int, need: Need) -> int:
@@ -123,7 +157,8 @@ def nbytes(width: int, need: Need) -> int:
     vectors = sum(n in need for n in (Need.SQUARES, Need.ABSMAX, Need.ABSSUM))
     gram = width if Need.GRAM in need else 0
     sample = SAMPLE_ROWS if Need.SAMPLE in need else 0
-    return 4 * width * (vectors + gram + sample)
+    held = nbytes(width, need & _JUDGED) if Need.HELDOUT in need else 0
+    return 4 * width * (vectors + gram + sample) + held
 
 
 def _scaled_gram(gram: Tensor, factors: Tensor) -> Tensor:
@@ -135,7 +170,11 @@ def _scaled_gram(gram: Tensor, factors: Tensor) -> Tensor:
     return scaled
 
 
-def _both(a: Tensor | None, b: Tensor | None, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+def _less(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return None if whole is None or part is None else whole - part
+
+
+def _both(a: T | None, b: T | None, merge: Callable[[T, T], T]) -> T | None:
     if (a is None) != (b is None):
         raise ValueError("statistics of different needs cannot be merged")
     return None if a is None or b is None else merge(a, b)
