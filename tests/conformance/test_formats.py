@@ -28,6 +28,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 SCHEMES = (
     *(f"w{bits}{rest}" for bits in range(2, 9) for rest in ("", "g32", "g32_asym")),
     *("w3g24", "w4g8", "w4g8_asym", "w4g64", "w4_asym", "w8_asym", "w4_tensor", "w8_tensor", "w4g8_axis0"),
+    *("w4g16", "w4g16_asym"),
     *(f"w{bits}g32_asymf" for bits in range(1, 9)),
     *("w4_asymf", "w2g8_asymf_axis0", "w3g8_asymf_axis0", "w4g32_asymf_axis0", "w4_tensor_asymf"),
     *("nf4", "nf4_dq", "nf4g32", "nf4g128", "nf4g16", "fp4", "fp4g32_dq", "mxfp4", "nvfp4"),
@@ -107,7 +108,7 @@ def presets(name: str) -> list[Scheme]:
 
 
 def test_there_are_formats() -> None:
-    assert {"gptq", "compressed_tensors", "bitsandbytes"} <= set(registry.names("formats"))
+    assert {"awq", "gptq", "compressed_tensors", "bitsandbytes"} <= set(registry.names("formats"))
 
 
 @FORMATS
