@@ -15,6 +15,8 @@ from quantkit.errors import SourceError
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+# where AutoGPTQ, auto-round and AutoAWQ keep what belongs into config.json
+QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json")
 _EXTRAS = (
     "generation_config.json",
     "tokenizer*",

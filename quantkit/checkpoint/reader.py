@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from quantkit.checkpoint import folder
 from quantkit.checkpoint.header import TensorInfo, read_header
 from quantkit.errors import SourceError
 
-__all__ = ["Checkpoint", "TensorInfo", "first_nonfinite"]
+__all__ = ["Checkpoint", "TensorInfo", "first_nonfinite", "usual_dtype"]
 
 _SAMPLE_BYTES = 4096
 _SCAN_ELEMENTS = 2**24
@@ -92,11 +92,21 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """torch dtype name of most of the parameters: "bfloat16", "float16" or "float32"."""
-        elements: Counter[str] = Counter()
-        for info in self.tensors.values():
-            if info.dtype in _FLOATS:
-                elements[_FLOATS[info.dtype]] += info.nbytes // info.torch_dtype.itemsize
-        return elements.most_common(1)[0][0] if elements else "float32"
+        return usual_dtype(self.tensors.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def usual_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """torch dtype name of most of the 16- and 32-bit elements; "float32" when there are none."""
+    elements: Counter[str] = Counter()
+    for info in tensors:
+        if info.dtype in _FLOATS:
+            elements[_FLOATS[info.dtype]] += info.nbytes // info.torch_dtype.itemsize
+    return elements.most_common(1)[0][0] if elements else "float32"
 
 
 def first_nonfinite(tensor: Tensor) -> tuple[int, ...] | None:

@@ -133,7 +133,7 @@ class Gptq:
         zeros = unpack(tensors[f"{base}.qzeros"], bits, out).T.contiguous()
         if config.get("checkpoint_format", config.get("format", _V1)) == _V1:
             zeros = (zeros + 1) & ((1 << bits) - 1)
-        columns = width // groups
+        columns = _columns(base, width, groups, config)
         trivial = torch.arange(width, dtype=torch.int32) // columns
         g_idx = tensors.get(f"{base}.g_idx", trivial)
         middle = 1 << (bits - 1)
@@ -259,6 +259,12 @@ def _override(base: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _bits(base: str, config: Mapping[str, Any]) -> int:
     return int(_override(base, config).get("bits", config["bits"]))
+
+
+def _columns(base: str, width: int, groups: int, config: Mapping[str, Any]) -> int:
+    """Columns that share a scale, from the config if that makes so many groups; the last can be short."""
+    size = int(_override(base, config).get("group_size", config.get("group_size", -1)))
+    return size if size > 0 and -(-width // size) == groups else -(-width // groups)
 
 
 def _sym(base: str, config: Mapping[str, Any]) -> bool:

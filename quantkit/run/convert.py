@@ -200,7 +200,7 @@ class _Run:
 
     def _finish(self, targets: tuple[TargetReport, ...]) -> Report:
         checkpoint, graph = self._plan.checkpoint, self._plan.graph
-        size = sum(t.nbytes for t in checkpoint.tensors.values())
+        size = checkpoint.size_bytes
         bpw = size * 8 / parameters(checkpoint, graph)
         source = self._plan.source
         name = source.id or (source.requested if source.requested == "demo" else source.path.resolve().name)

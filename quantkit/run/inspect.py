@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit import registry
+from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import UnsupportedError
 from quantkit.recipe.sizes import format_size
+from quantkit.run.dialects import find_config, method_of, writer
 from quantkit.run.export import MANIFEST
 from quantkit.run.plan import architecture
+from quantkit.run.quantized import QuantizedCheckpoint, open_quantized
 from quantkit.run.table import Table
-
-# quant_method in config.json → the format that reads it
-_METHODS = {
-    "gptq": "gptq",
-    "compressed-tensors": "compressed_tensors",
-    "bitsandbytes": "bitsandbytes",
-    "hqq": "hqq",
-}
+from quantkit.tensors import Affine, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,13 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `path` holds. `manifest` is what quantkit wrote beside it, when it did."""
+    """What `path` holds.
+
+    manifest  what quantkit wrote beside it, when it did
+    writer    the tool that quantized it and its version, where files say so
+    traits    what its quantized weights are like, seen on one of them
+    unread    why its quantized weights cannot be read, None when they can
+    """
 
     path: Path
     architecture: str
@@ -44,6 +47,9 @@ class Inspection:
     kinds: tuple[Kind, ...]
     manifest: dict[str, Any] | None
     tied: bool
+    writer: str | None = None
+    traits: tuple[str, ...] = ()
+    unread: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -58,6 +64,8 @@ class Inspection:
             "tied_embeddings": self.tied,
             "size_bytes": self.size_bytes,
             "quantization": self.quantization,
+            "writer": self.writer,
+            "traits": list(self.traits),
             "kinds": [
                 {"kind": k.name, "tensors": k.tensors, "parameters": k.parameters, "size_bytes": k.size_bytes}
                 for k in self.kinds
@@ -66,7 +74,7 @@ class Inspection:
         }
 
     def table(self) -> Table:
-        method = "not quantized" if self.quantization is None else self.quantization.get("quant_method", "?")
+        method = "not quantized" if self.quantization is None else method_of(self.quantization)
         title = f"{self.path.name} · {self.architecture} · {method} · {format_size(self.size_bytes)}"
         rows = []
         for kind in self.kinds:
@@ -78,11 +86,7 @@ class Inspection:
 
     def _notes(self) -> list[str]:
         if self.manifest is None:
-            if self.quantization is None:
-                return []
-            method = str(self.quantization.get("quant_method", "unknown"))
-            unread = f"quantkit does not read '{method}' files: what is packed is shown as stored"
-            return ["not made by quantkit: no quantkit.json", *([] if method in _METHODS else [unread])]
+            return [] if self.quantization is None else self._foreign()
         m = self.manifest
         options = ", ".join(f"{name}={value}" for name, value in m["options"].items())
         with_ = [f"{m['method']} ({options})", *(t["name"] for t in m.get("transforms", ()))]
@@ -100,43 +104,75 @@ class Inspection:
             )
         return notes
 
+    def _foreign(self) -> list[str]:
+        """Notes on what another tool quantized."""
+        notes = ["not made by quantkit: no quantkit.json"]
+        if self.writer is not None:
+            notes.append(f"written by {self.writer}")
+        if self.traits:
+            notes.append(f"its weights have {', '.join(self.traits)}")
+        if self.unread is not None:
+            notes.append(f"what is packed is shown as stored: {self.unread}")
+        return notes
+
 
 def inspect(path: Path) -> Inspection:
-    """Look at a checkpoint folder; SourceError when it is none. Reads no weights."""
+    """Look at a checkpoint folder; SourceError when it is none. Reads headers and one quantized weight."""
     checkpoint = Checkpoint.open(path)
-    config = checkpoint.config.get("quantization_config")
-    quantization = config if isinstance(config, dict) else None
+    stated = find_config(path, checkpoint.config)
+    quantized, unread = None, None
+    try:
+        quantized = open_quantized(checkpoint)
+    except UnsupportedError as error:
+        unread = error.message
     manifest = path / MANIFEST
     return Inspection(
         path=path.resolve(),
         architecture=architecture(checkpoint),
-        quantization=quantization,
-        kinds=tuple(_kinds(checkpoint, quantization)),
+        quantization=None if stated is None else dict(stated),
+        kinds=tuple(_kinds(checkpoint, quantized)),
         manifest=json.loads(manifest.read_text("utf-8")) if manifest.is_file() else None,
         tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
+        writer=None if stated is None else writer(stated, _metadata(checkpoint)),
+        traits=() if quantized is None else tuple(_traits(quantized)),
+        unread=unread,
     )
 
 
-def _kinds(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> list[Kind]:
-    """Tensors summed up by what they are: quantized weights by scheme, the rest by dtype."""
-    method = None if quantization is None else _METHODS.get(str(quantization.get("quant_method")))
-    packed: dict[str, dict[str, Any]] = {}
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """What the header of the first file says beside its tensors."""
+    first = next(iter(checkpoint.tensors.values()), None)
+    return {} if first is None else read_header(first.file).metadata
+
+
+def _traits(quantized: QuantizedCheckpoint) -> Iterator[str]:
+    """What one of the quantized weights shows."""
+    name = next(iter(quantized.parts), None)
+    if name is None:
+        return
+    q = quantized.linear(name).weight
+    rows, columns = q.group
+    yield f"groups of {columns} inputs" if rows == 1 else f"groups of {rows} × {columns}"
+    if isinstance(q, Affine) and q.zero_point is not None:
+        yield "fractional zero points" if q.zero_point.is_floating_point() else "zero points"
+    if isinstance(q, Affine) and q.column_group is not None:
+        yield "columns grouped in order of importance (act-order)"
+    if bool((values(q.scale) < 0).any()):
+        yield "negative scales"
+
+
+def _kinds(checkpoint: Checkpoint, quantized: QuantizedCheckpoint | None) -> list[Kind]:
+    """Tensors summed up by what they are: quantized weights by format and bits, the rest by dtype."""
     tensors, parameters, sizes = Counter[str](), Counter[str](), Counter[str]()
-    if method is not None and quantization is not None:
-        reader = registry.load("formats", method).FORMAT
-        for name, info in checkpoint.tensors.items():
-            base = reader.base_name(name)
-            if base is not None:
-                packed.setdefault(base, {})[name] = info
-        for base, parts in packed.items():
-            if base in checkpoint.tensors:
-                parts[base] = checkpoint.tensors[base]
-            shape, bits = reader.measure(base, parts, quantization)
-            kind = f"{method} {bits} bit"
+    inside: set[str] = set()
+    if quantized is not None:
+        for name, parts in quantized.parts.items():
+            shape, bits = quantized.measure(name)
+            kind = f"{quantized.format_name} {bits} bit"
             tensors[kind] += 1
             parameters[kind] += shape[0] * shape[1]
-            sizes[kind] += sum(info.nbytes for info in parts.values())
-    inside = {name for parts in packed.values() for name in parts}
+            sizes[kind] += sum(checkpoint.tensors[part].nbytes for part in parts)
+            inside.update(parts)
     for name, info in checkpoint.tensors.items():
         if name not in inside:
             tensors[info.dtype] += 1

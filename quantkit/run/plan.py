@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
 from quantkit.run.estimate import Estimate, context, estimate, existing, resource_blockers
 from quantkit.run.files import entries, parameters, quantized_parameters
+from quantkit.run.quantized import Dequantized, open_floats
 from quantkit.run.table import Table
 
 DEMO = "demo"
@@ -72,7 +74,7 @@ class Plan:
                 "revision": self.source.revision,
                 "architecture": architecture(self.checkpoint),
                 "parameters": parameters(self.checkpoint, self.graph),
-                "size_bytes": sum(t.nbytes for t in self.checkpoint.tensors.values()),
+                "size_bytes": self.checkpoint.size_bytes,
                 "dtype": self.checkpoint.dtype,
             },
             "targets": [self._target_json(target) for target in self.targets if target.name in self.shards],
@@ -99,7 +101,7 @@ class Plan:
 
     def table(self) -> Table:
         total = parameters(self.checkpoint, self.graph)
-        size = sum(t.nbytes for t in self.checkpoint.tensors.values())
+        size = self.checkpoint.size_bytes
         revision = f" @ {self.source.revision[:7]}" if self.source.revision else ""
         title = (
             f"{self.source.requested}{revision} · {architecture(self.checkpoint)}"
@@ -142,14 +144,7 @@ class Plan:
 def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None) -> Plan:
     """Resolve a recipe against its source; raises for a broken source, collects all else as blockers."""
     source = locate(recipe.source, offline=offline, cache_dir=cache_dir)
-    checkpoint = Checkpoint.open(source.path)
-    method = checkpoint.config.get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise SourceError(
-            f"`{source.requested}` is already quantized ({name})",
-            remedy="give the original 16-bit checkpoint it was made from",
-        )
+    checkpoint = open_floats(Checkpoint.open(source.path))
     graph = build_graph(checkpoint)
     _check_floats(source, checkpoint, graph)
     from quantkit import __version__
@@ -158,9 +153,23 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
     shards = {} if resolved.blockers else dict(_shards(recipe, resolved, checkpoint, graph))
     needed = estimate(recipe, resolved, checkpoint, graph, shards)
     blockers = (*resolved.blockers, *resource_blockers(recipe, needed))
-    return Plan(
-        recipe, source, checkpoint, graph, resolved.targets, shards, needed, blockers, resolved.warnings
+    warnings = (*_quantized_before(source, checkpoint), *resolved.warnings)
+    return Plan(recipe, source, checkpoint, graph, resolved.targets, shards, needed, blockers, warnings)
+
+
+def _quantized_before(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
+    """What is to be known of a source that is not the original."""
+    if not isinstance(checkpoint, Dequantized):
+        return
+    quantized = checkpoint.quantized
+    bits = sorted({quantized.measure(name)[1] for name in quantized.parts})
+    yield (
+        f"`{source.requested}` is already quantized ({quantized.format_name}, "
+        f"{' and '.join(map(str, bits))} bits): its errors and those of the targets add up, and quality is "
+        "measured against it, not against the original"
     )
+    for why, count in Counter(checkpoint.dropped.values()).items():
+        yield f"{count:,} tensors of `{source.requested}` are left out: {why}"
 
 
 def _check_floats(source: Source, checkpoint: Checkpoint, graph: ModelGraph) -> None:

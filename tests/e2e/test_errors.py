@@ -207,25 +207,35 @@ def test_rule_that_matches_nothing(convert: Convert, checkpoint: Path) -> None:
     assert code == 2 and "matches no weight" in error
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "compressed-tensors", "fp8"])
-def test_already_quantized_source(convert: Convert, broken: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        ("awq", "says that it is quantized (awq), but none of its tensors is"),
+        ("compressed-tensors", "says that it is quantized (compressed_tensors), but none of its tensors is"),
+        ("fp8", "the quantization method 'fp8' is not read by quantkit"),
+    ],
+)
+def test_sources_quantized_in_name_or_by_an_unknown_method(
+    convert: Convert, broken: Path, method: str, what: str
+) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": method}})
+        json.dumps({**config, "quantization_config": {"quant_method": method, "bits": 4}})
     )
     code, error = convert(broken, target="bitsandbytes:nf4g32")
-    assert code == 2 and f"already quantized ({method})" in error
-    assert "give the original 16-bit checkpoint it was made from" in error
+    assert code == 2 and what in error
 
 
 @pytest.mark.parametrize("target", ["hqq:w4g32", "bitsandbytes:nf4g32@method=rtn"])
-def test_what_was_made_is_no_source(convert: Convert, checkpoint: Path, tmp_path: Path, target: str) -> None:
+def test_what_was_made_is_a_source_with_a_warning(
+    convert: Convert, checkpoint: Path, tmp_path: Path, target: str
+) -> None:
     assert (
         convert(checkpoint, "--no-eval", target=f"{target}{',' if '@' in target else '@'}name=made")[0] == 0
     )
     made = (tmp_path / "out").rename(tmp_path / "before") / "made"
-    code, error = convert(made, target="gptq:w4g32")
-    assert code == 2 and "`" + str(made) + "` is already quantized (" in error
+    code, shown = convert(made, "--no-eval", target="gptq:w4g32@method=rtn")
+    assert code == 0 and "`" + str(made) + "` is already quantized (" in shown
 
 
 def test_cuda_that_is_not_there(convert: Convert, checkpoint: Path) -> None:

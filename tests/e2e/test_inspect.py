@@ -48,7 +48,8 @@ def test_nothing_there(tmp_path: Path) -> None:
     [
         ("autogptq", "gptq 4 bit", 14),
         ("llmc-gptq-w4a16", "compressed_tensors 4 bit", 14),
-        ("autoawq", "I32", 28),
+        ("autoawq", "awq 4 bit", 14),
+        ("autoround-auto-awq-w4g128", "awq 4 bit", 14),
     ],
 )
 def test_what_others_made(shared: Path, folder: str, kind: str, tensors: int) -> None:

@@ -27,7 +27,7 @@ from quantkit.errors import UnsupportedError
 from quantkit.formats.compressed_tensors import floats, integers
 from quantkit.formats.compressed_tensors.config import config_of
 from quantkit.formats.compressed_tensors.engines import engines_of
-from quantkit.formats.compressed_tensors.layouts import PARTS, UNREAD, refusal, static_inputs
+from quantkit.formats.compressed_tensors.layouts import PARTS, refusal, static_inputs
 from quantkit.model.graph import Weight
 from quantkit.protocols import FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
@@ -134,8 +134,6 @@ class CompressedTensors:
     def decode(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedLinear:
         base = name.removesuffix(".weight")
         parts = {key.removeprefix(f"{base}."): tensor for key, tensor in tensors.items()}
-        for part in UNREAD & parts.keys():
-            raise UnsupportedError(f"`{base}.{part}` changes what `{name}` means, and is not read")
         codes = parts.get("weight_packed", parts.get("weight"))
         whole = codes is not None and codes.dtype in (torch.int32, torch.int8)
         weight = (integers if whole else floats).decode(base, parts, config)

@@ -84,25 +84,50 @@ def measure(
 def decode(base: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Affine:
     """Inverse of `encode`."""
     scale = tensors["weight_scale"]
-    if "weight_packed" not in tensors:
-        codes = tensors["weight"]
-        if "weight_zero_point" in tensors:
-            raise UnsupportedError(f"`{base}` has zero points beside codes that are not packed: not read")
-        rows = codes.shape[0] if scale.numel() == 1 else 1
-        groups = 1 if scale.numel() == 1 else scale.shape[1]
-        return Affine(codes, 8, scale.view(-1, groups), (rows, codes.shape[1] // groups))
-    out, width = (int(n) for n in tensors["weight_shape"])
-    packed = tensors["weight_packed"]
-    bits = _bits_of(packed.shape[1], width, groups_of(base, config))
-    codes = unpack(packed, bits, width)
     zeros = tensors.get("weight_zero_point")
+    stated = groups_of(base, config)
+    if "weight_packed" in tensors:
+        out, width = (int(n) for n in tensors["weight_shape"])
+        codes, bits = _unpacked(tensors["weight_packed"], width, stated)
+        codes = signed(codes, bits) if zeros is None else codes
+        if zeros is not None and zeros.dtype == torch.int32:
+            zeros = unpack(zeros.T.contiguous(), bits, out).T.contiguous()
+    else:
+        codes, bits = tensors["weight"], 8
+        out, width = codes.shape
+    per_tensor = scale.numel() == 1
+    grid = (1, 1) if per_tensor else (out, scale.shape[1])
+    own = tensors.get("weight_g_idx")
     return Affine(
-        codes=signed(codes, bits) if zeros is None else codes,
+        codes=codes if zeros is None else unsigned(codes, bits),
         bits=bits,
-        scale=scale,
-        group=(1, width // scale.shape[1]),
-        zero_point=None if zeros is None else unpack(zeros.T.contiguous(), bits, out).T.contiguous(),
+        scale=scale.view(grid),
+        group=(out if per_tensor else 1, _columns(width, grid[1], stated)),
+        # those that are not packed are signed, as codes are that are not packed
+        zero_point=None if zeros is None else unsigned(zeros, bits).view(grid),
+        # −1 where nobody set them
+        column_group=None if own is None or bool((own < 0).all()) else own.to(torch.int32),
     )
+
+
+def _columns(width: int, groups: int, stated: list[Mapping[str, Any]]) -> int:
+    """Columns that share a scale, from the config if that makes so many groups; the last can be short."""
+    sizes = (int(g["weights"].get("group_size") or 0) for g in stated)
+    return next((s for s in sizes if s > 0 and -(-width // s) == groups), -(-width // groups))
+
+
+def _unpacked(packed: Tensor, width: int, stated: list[Mapping[str, Any]]) -> tuple[Tensor, int]:
+    """Unsigned codes and their bits. Up to version 0.17 the library left the rest of a word empty where 32 is
+    no multiple of the bits."""
+    words = packed.shape[1]
+    for bits in (int(g["weights"]["num_bits"]) for g in stated):
+        in_word = 32 // bits
+        if words == -(-width // in_word) != packed_width(width, bits):
+            shifts = torch.arange(in_word, dtype=torch.int32) * bits
+            codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+            return codes.flatten(1)[:, :width].to(torch.uint8), bits
+    bits = _bits_of(words, width, stated)
+    return unpack(packed, bits, width), bits
 
 
 def _bits_of(words: int, width: int, groups: list[Mapping[str, Any]]) -> int:

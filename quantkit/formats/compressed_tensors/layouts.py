@@ -10,12 +10,13 @@ from quantkit.schemes import Scheme
 Layout = Literal[
     "pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 ]
-# columns in groups of their own (removed from the format), inputs in 4 bits: other tools write them
-UNREAD = frozenset(("weight_g_idx", "input_global_scale"))
-# endings of file tensors that belong to a weight, beside `weight` itself
-PARTS = UNREAD.union(
-    ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
-    ("weight_global_scale", "input_scale"),
+# endings of file tensors that belong to a weight, beside `weight` itself; the last two are not written here:
+# groups of columns, and what inputs of 4 bits are divided by, which does not change the weight
+PARTS = frozenset(
+    (
+        *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale"),
+        *("input_scale", "weight_g_idx", "input_global_scale"),
+    )
 )
 
 

@@ -9,7 +9,8 @@ from quantkit.errors import RecipeError, UnsupportedError
 from quantkit.formats.compressed_tensors import FORMAT, PRESETS, default_method, parse
 from quantkit.model.graph import Part, Weight
 from quantkit.schemes import Activations, Scheme, parse_scheme
-from quantkit.tensors import Affine, QuantizedLinear
+from quantkit.tensors import Affine, QuantizedLinear, dequantize
+from tests.quantized import same
 
 CODES = torch.tensor([[-128, 127, 0, 1]], dtype=torch.int8)
 ROW = Affine(CODES, 8, torch.ones(1, 1, dtype=torch.float16), (1, 4))
@@ -140,9 +141,22 @@ def test_a_scale_of_the_inputs_too_many_or_too_few_is_refused(name: str, scale: 
         FORMAT.encode(QuantizedLinear("x.weight", ROW, scale), parse_scheme(name))
 
 
-@pytest.mark.parametrize("part", ["weight_g_idx", "input_global_scale"])
-def test_parts_that_change_the_meaning_are_not_ignored(part: str) -> None:
-    tensors = {"x.weight": CODES, "x.weight_scale": torch.ones(1, 1), f"x.{part}": torch.ones(4)}
-    assert FORMAT.base_name(f"x.{part}") == "x.weight"
-    with pytest.raises(UnsupportedError, match=f"`x.{part}` changes what `x.weight` means"):
-        FORMAT.decode("x.weight", tensors, {"config_groups": {}})
+def test_columns_in_groups_of_their_own_are_read() -> None:
+    """llm-compressor wrote them with actorder "group"; −1 everywhere stands for none."""
+    tensors = {"x.weight": CODES, "x.weight_scale": torch.tensor([[1.0, 2.0]])}
+    assert FORMAT.base_name("x.weight_g_idx") == "x.weight"
+    for stored, group in (([0, 1, 1, 0], [0, 1, 1, 0]), ([-1] * 4, [0, 0, 1, 1])):
+        groups = torch.tensor(stored, dtype=torch.int32)
+        found = FORMAT.decode("x.weight", {**tensors, "x.weight_g_idx": groups}, {"config_groups": {}})
+        expected = CODES.float() * tensors["x.weight_scale"][0, group]
+        assert torch.equal(dequantize(found.weight), expected)
+
+
+def test_scales_of_four_bit_inputs_do_not_change_the_weight() -> None:
+    tensors = {"x.weight": CODES, "x.weight_scale": torch.ones(1, 1)}
+    assert FORMAT.base_name("x.input_global_scale") == "x.weight"
+    plain = FORMAT.decode("x.weight", tensors, {"config_groups": {}})
+    with_scale = FORMAT.decode(
+        "x.weight", {**tensors, "x.input_global_scale": torch.ones(1)}, {"config_groups": {}}
+    )
+    assert same(plain.weight, with_scale.weight)

@@ -14,7 +14,7 @@ from quantkit.formats.compressed_tensors import FORMAT
 from quantkit.model.graph import Weight
 from quantkit.protocols import Assigned, FormatFacts
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, QuantizedLinear
+from quantkit.tensors import Affine, QuantizedLinear, dequantize
 
 
 def config(scheme: Scheme) -> dict[str, Any]:
@@ -129,11 +129,26 @@ def test_words_that_fit_no_width_are_refused() -> None:
         FORMAT.decode("x.weight", tensors, config(Scheme(4)))
 
 
-def test_zero_points_of_unpacked_codes_are_not_read_as_none() -> None:
+def test_zero_points_of_unpacked_codes_are_signed() -> None:
     tensors = {
-        "x.weight": torch.zeros(2, 8, dtype=torch.int8),
-        "x.weight_scale": torch.ones(2, 1),
-        "x.weight_zero_point": torch.ones(2, 1, dtype=torch.int8),
+        "x.weight": torch.tensor([[-128, 3], [127, -1]], dtype=torch.int8),
+        "x.weight_scale": torch.tensor([[0.5], [2.0]]),
+        "x.weight_zero_point": torch.tensor([[-28], [7]], dtype=torch.int8),
     }
-    with pytest.raises(UnsupportedError, match="zero points beside codes that are not packed"):
-        FORMAT.decode("x.weight", tensors, config(Scheme(8)))
+    found = FORMAT.decode("x.weight", tensors, config(Scheme(8)))
+    assert dequantize(found.weight).tolist() == [[-50.0, 15.5], [240.0, -16.0]]
+
+
+def test_words_with_empty_rests_are_read() -> None:
+    """Up to version 0.17 the library put ten codes of 3 bits into a word."""
+    codes = torch.randint(0, 8, (4, 64), generator=torch.Generator().manual_seed(3))
+    words = torch.zeros(4, 7, dtype=torch.int64)
+    for i in range(64):
+        words[:, i // 10] |= codes[:, i] << 3 * (i % 10)
+    tensors = {
+        "x.weight_packed": words.to(torch.int32),
+        "x.weight_scale": torch.ones(4, 1),
+        "x.weight_shape": torch.tensor([4, 64]),
+    }
+    found = FORMAT.decode("x.weight", tensors, config(Scheme(3)))
+    assert torch.equal(dequantize(found.weight), codes.float() - 4)
