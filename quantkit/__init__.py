@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from quantkit.run.convert import convert
     from quantkit.run.inspect import inspect
     from quantkit.run.plan import plan
+    from quantkit.run.repack import repack as export
+    from quantkit.run.score import score
+    from quantkit.run.verify import verify
 
 __version__ = "0.1.0"
 
@@ -35,10 +38,13 @@ __all__ = [
     "__version__",
     "convert",
     "dump_recipe",
+    "export",
     "inspect",
     "load_recipe",
     "parse_targets",
     "plan",
+    "score",
+    "verify",
 ]
 
 _SPEC = "quantkit.recipe.spec"
@@ -48,10 +54,13 @@ _HOME = (
     ("QuantkitError", "quantkit.errors", "QuantkitError"),
     ("convert", "quantkit.run.convert", "convert"),
     ("dump_recipe", "quantkit.recipe.dump", "dump"),
+    ("export", "quantkit.run.repack", "repack"),
     ("inspect", "quantkit.run.inspect", "inspect"),
     ("load_recipe", "quantkit.recipe.load", "load_recipe"),
     ("parse_targets", "quantkit.recipe.shorthand", "parse_targets"),
     ("plan", "quantkit.run.plan", "plan"),
+    ("score", "quantkit.run.score", "score"),
+    ("verify", "quantkit.run.verify", "verify"),
 )
 
 

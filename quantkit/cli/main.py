@@ -29,9 +29,12 @@ COMMANDS = {
     "Make": {
         "convert": "Quantize a model to one or more targets, check and measure the results.",
         "plan": "Show sizes, memory and problems of a conversion without doing it.",
+        "export": "Store a quantized FOLDER in another format, bit for bit.",
     },
     "Look": {
         "inspect": "Show what a model FOLDER holds: architecture, dtypes, quantization.",
+        "verify": "Check a model FOLDER: every byte, every tensor, every name.",
+        "eval": "Measure perplexity of saved models, and KL from a baseline.",
         "formats": "List formats, their presets and methods.",
         "recipes": "List, copy and check recipes.",
     },

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +23,18 @@ from quantkit.checkpoint.writer import ShardedWriter, ShardPlan
 from quantkit.errors import CoverageError, UsageError, VerifyError
 from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
-from quantkit.recipe.plan import TargetPlan
-from quantkit.run.files import Entry, entries
+from quantkit.run.files import Entry, Packing, entries
 from quantkit.run.results import BlockResult
-from quantkit.run.store import RunStore
 from quantkit.run.streams import sha256_file
 from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear
 
 MANIFEST = "quantkit.json"
+
+
+class Results(Protocol):
+    """Where the results of blocks come from."""
+
+    def load(self, key: str, block: int) -> BlockResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +43,31 @@ class Exporter:
 
     checkpoint: Checkpoint
     graph: ModelGraph
-    store: RunStore
+    store: Results
 
     def export(
-        self, target: TargetPlan, key: str, shards: ShardPlan, folder: Path, facts: Mapping[str, Any]
+        self, target: Packing, key: str, shards: ShardPlan, folder: Path, facts: Mapping[str, Any]
     ) -> None:
         """Write `folder` for one target whose blocks are all committed.
 
         facts is what the manifest says beside the file sums. Raises VerifyError when a file does not
         read back as the store's codes, CoverageError when a weight that should be quantized is not.
         """
-        partial = folder.with_name(folder.name + PARTIAL)
-        try:
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise write_error(error, partial, needed=shards.total_bytes) from error
+        with building(folder, shards.total_bytes) as partial:
+            config = self.write(target, key, shards, partial)
+            self._read_back(target, key, partial, config)
+            write_manifest(partial, facts)
+
+    def write(self, target: Packing, key: str, shards: ShardPlan, folder: Path) -> Mapping[str, Any]:
+        """Write weights, configuration and side files into `folder`; the quantization config."""
         config = target.format.config(target.facts)
-        with ShardedWriter(partial, shards) as writer:
+        with ShardedWriter(folder, shards) as writer:
             for name, tensor in self._tensors(target, key):
                 writer.write(name, tensor)
-        self._side_files(target, partial, config)
-        self._read_back(target, key, partial, config)
-        sums = {
-            p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(partial.iterdir())
-        }
-        write_text(partial / MANIFEST, to_json_text({**facts, "files": sums}))
-        replace_dir(partial, folder)
+        self._side_files(target, folder, config)
+        return config
 
-    def _tensors(self, target: TargetPlan, key: str) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, target: Packing, key: str) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything the files hold, block by block."""
         for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
             result = self._result(key, block)
@@ -85,7 +85,7 @@ class Exporter:
     def _result(self, key: str, block: int | None) -> BlockResult:
         return BlockResult(()) if block is None else self.store.load(key, block)
 
-    def _side_files(self, target: TargetPlan, folder: Path, config: Mapping[str, Any]) -> None:
+    def _side_files(self, target: Packing, folder: Path, config: Mapping[str, Any]) -> None:
         model = {k: v for k, v in self.checkpoint.config.items() if k != "_name_or_path"}
         write_text(folder / "config.json", to_json_text({**model, "quantization_config": dict(config)}))
         for name, content in target.format.side_files(config).items():
@@ -96,7 +96,7 @@ class Exporter:
         except OSError as error:
             raise write_error(error, folder, needed=0) from error
 
-    def _read_back(self, target: TargetPlan, key: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def _read_back(self, target: Packing, key: str, folder: Path, config: Mapping[str, Any]) -> None:
         """Every weight, read from the files by the format's own reader, must equal the store's."""
         written = Checkpoint.open(folder)
         for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
@@ -116,6 +116,29 @@ class Exporter:
                         f"`{name}` in `{folder}` does not read back as what was stored",
                         remedy="this is a fault of the format's writer: please report it",
                     )
+
+
+@contextmanager
+def building(folder: Path, needed: int) -> Iterator[Path]:
+    """A new sibling of `folder` to write into, which takes its name when nothing was raised.
+
+    needed: bytes that will be written, for the message when the disk refuses.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise write_error(error, partial, needed=needed) from error
+    yield partial
+    replace_dir(partial, folder)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `quantkit.json`, last: `facts` and the sum of every file."""
+    sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
+    write_text(folder / MANIFEST, to_json_text({**facts, "files": sums}))
 
 
 def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
@@ -150,7 +173,7 @@ def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
 
 
 def _encode(
-    target: TargetPlan, assigned: Assigned, linears: Mapping[str, QuantizedLinear], dtype: str
+    target: Packing, assigned: Assigned, linears: Mapping[str, QuantizedLinear], dtype: str
 ) -> dict[str, Tensor]:
     linear = linears.get(assigned.weight.key)
     if linear is None or assigned.scheme is None:

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import TensorSpec
-from quantkit.model.graph import ModelGraph
-from quantkit.protocols import Assigned
+from quantkit.model.graph import Block, ModelGraph, Weight
+from quantkit.protocols import Assigned, Format, FormatFacts
 from quantkit.recipe.plan import TargetPlan
+from quantkit.schemes import Scheme
+
+
+class Packing(Protocol):
+    """What of a target decides its files: a `TargetPlan`, or weights that are quantized already."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def default(self) -> Scheme: ...
+
+    @property
+    def facts(self) -> FormatFacts: ...
+
+    def scheme_of(self, weight: Weight) -> Scheme | None: ...
+
+    def cache_names(self, block: Block) -> tuple[str, str] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +47,7 @@ class Entry:
     block: int | None
 
 
-def entries(target: TargetPlan, checkpoint: Checkpoint, graph: ModelGraph) -> Iterator[Entry]:
+def entries(target: Packing, checkpoint: Checkpoint, graph: ModelGraph) -> Iterator[Entry]:
     """Everything the target's files hold, in model order: embeddings, blocks, the rest."""
     outer = {w.name: w for w in graph.outer}
     for name, weight in outer.items():

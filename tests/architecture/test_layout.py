@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry", "resources", "schemes", "tensors", "numerics"),
     ("checkpoint",),
-    ("model", "calibrate"),
+    ("model", "calibrate", "gguf"),
     ("protocols",),
     ("transforms", "methods", "allocate", "formats"),
     ("recipe",),

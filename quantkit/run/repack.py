@@ -1,0 +1,227 @@
+"""`export`: a quantized checkpoint in another format. Codes and scales move, nothing is rounded.
+
+Everything is checked before a byte is written. Afterwards every weight is read back from the new files,
+multiplied out and compared with the old one, bit for bit; only then does the folder get its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import __version__
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import UnsupportedError, UsageError
+from quantkit.model.build import build_graph
+from quantkit.model.graph import ModelGraph
+from quantkit.recipe.plan import key_of
+from quantkit.recipe.plugins import format_info
+from quantkit.recipe.sizes import format_size
+from quantkit.run.export import MANIFEST, building, free_or_ours, write_manifest
+from quantkit.run.files import parameters
+from quantkit.run.folder import PackedFolder
+from quantkit.run.gguf import GgufFile, block_type
+from quantkit.run.progress import SILENT, Progress
+from quantkit.run.proof import Made, Proof, prove
+from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized
+from quantkit.run.survey import Found, schemes_for, survey
+from quantkit.run.table import Table
+
+GGUF = "gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Repacked:
+    """What `repack` made. `moved` counts weights by (scheme before, scheme after)."""
+
+    source: str
+    target: str
+    folder: Path
+    size_bytes: int
+    proof: Proof
+    moved: tuple[tuple[str, str, int], ...]
+    left_out: Mapping[str, str]
+    loads: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "target": self.target,
+            "folder": self.folder.name,
+            "size_bytes": self.size_bytes,
+            "lossless": True,
+            "proof": asdict(self.proof),
+            "moved": [{"from": a, "to": b, "weights": n} for a, b, n in self.moved],
+            "left_out": dict(self.left_out),
+            "loads": list(self.loads),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], folder: Path) -> Repacked:
+        """Inverse of `to_json`."""
+        return cls(
+            source=found["source"],
+            target=found["target"],
+            folder=folder,
+            size_bytes=found["size_bytes"],
+            proof=Proof(**found["proof"]),
+            moved=tuple((m["from"], m["to"], m["weights"]) for m in found["moved"]),
+            left_out=found["left_out"],
+            loads=tuple(found["loads"]),
+            notes=tuple(found["notes"]),
+        )
+
+    def table(self) -> Table:
+        p = self.proof
+        notes = [
+            f"lossless: {p.weights:,} weights, {p.codes:,} codes: dequantized values identical in every bit",
+            f"sha256 of the values before {p.before}",
+            f"sha256 of the values after  {p.after}",
+            f"{p.copied:,} other tensors carried over unchanged",
+        ]
+        if self.left_out:
+            reasons = Counter(self.left_out.values())
+            notes.append("left out: " + ", ".join(f"{n:,} × {why}" for why, n in reasons.items()))
+        if self.loads:
+            notes.append(f"loads in {', '.join(self.loads)}")
+        rows = tuple((f"{n:,}", before, after) for before, after, n in self.moved)
+        title = f"{self.source} → {self.target} · {format_size(self.size_bytes)}"
+        return Table(title, ("weights", "from", "to"), rows, (*notes, *self.notes))
+
+
+def repack(
+    source: Path,
+    to: str,
+    output: Path | None = None,
+    *,
+    on_exists: str = "resume",
+    progress: Progress = SILENT,
+) -> Repacked:
+    """Store the quantized checkpoint `source` as `to`: ``FORMAT[:SCHEME]`` or ``gguf:q4_0|q4_1|q8_0``.
+
+    Without `output` the result lies beside the source. UsageError when the source is not quantized,
+    UnsupportedError with the reasons when a value would change, VerifyError when one did.
+    """
+    checkpoint = Checkpoint.open(source)
+    quantized = open_quantized(checkpoint)
+    if quantized is None:
+        raise UsageError(
+            f"`{source}` is not quantized: there are no codes to move",
+            remedy=f"quantize it: quantkit convert {source} --to {to}",
+        )
+    _check_inputs(quantized)
+    progress.step("plan", f"{source.name} → {to}")
+    view = dequantized(quantized)
+    graph = build_graph(view)
+    found = survey(quantized, graph)
+    made = _plan(to, quantized, view, graph, found)
+    folder = output if output is not None else _beside(source, to)
+    key = key_of({"repack": made.name, "source": view.fingerprint(), "quantkit": __version__})
+    if free_or_ours(folder, on_exists, key):
+        return Repacked.from_json(_known(folder)["repacked"], folder)
+    with building(folder, made.size_bytes) as partial:
+        progress.step("export", made.name)
+        made.write(partial)
+        progress.step("verify", made.name)
+        proof = prove(quantized, view, graph, made.values(partial))
+        result = _result(source, folder, view, found, made, proof)
+        manifest = _manifest(view, result, key, made.size_bytes * 8 / parameters(view, graph))
+        write_manifest(partial, {**manifest, "repacked": result.to_json()})
+    progress.finish()
+    return result
+
+
+def _plan(
+    to: str, source: QuantizedCheckpoint, view: Dequantized, graph: ModelGraph, found: Sequence[Found]
+) -> Made:
+    """What will be made; everything that stands in the way is raised here, before anything is written."""
+    wanted, _, preset = to.strip().lower().partition(":")
+    known = _known(view.path)
+    if wanted == GGUF:
+        title = str(known.get("source", {}).get("id", view.path.resolve().name)).rpartition("/")[2]
+        return GgufFile.plan(source, view, graph, block_type(preset or "q4_0"), title)
+    info = format_info(wanted)
+    schemes = schemes_for(source, found, info.name, view.dtype, info.parse(preset) if preset else None)
+    method, act_order = str(known.get("method", "unknown")), any(f.column_groups for f in found)
+    return PackedFolder.plan(info.name, source, view, graph, schemes, method=method, act_order=act_order)
+
+
+def _result(
+    source: Path, folder: Path, view: Dequantized, found: Sequence[Found], made: Made, proof: Proof
+) -> Repacked:
+    moved = Counter((f.name, made.scheme_name(f.weight.key)) for f in found)
+    loads, notes = made.engines()
+    return Repacked(
+        source=source.resolve().name,
+        target=made.name,
+        folder=folder,
+        size_bytes=made.size_bytes,
+        proof=proof,
+        moved=tuple((before, after, n) for (before, after), n in moved.items()),
+        left_out=view.dropped,
+        loads=loads,
+        notes=notes,
+    )
+
+
+def _check_inputs(source: QuantizedCheckpoint) -> None:
+    """What is rounded while the model runs cannot be moved."""
+    groups: Mapping[str, Any] = source.config.get("config_groups") or {}
+    if any(group.get("input_activations") for group in groups.values()):
+        raise UnsupportedError(
+            "the model rounds the inputs of its weights while it runs (input_activations), which only "
+            "compressed_tensors can say",
+            remedy="convert the original checkpoint to a weight-only scheme",
+        )
+    if source.config.get("kv_cache_scheme"):
+        raise UnsupportedError(
+            "the checkpoint holds scales of a key-value cache, which export does not carry over",
+            remedy="convert the original checkpoint with kv_cache",
+        )
+
+
+def _beside(source: Path, to: str) -> Path:
+    """Where a result lies by default: `out/gptq-w4g128` gives `out/gptq-w4g128-awq`."""
+    path = source.resolve()
+    return path.with_name(f"{path.name}-{to.strip().lower().replace(':', '-')}")
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that quantkit made, else nothing."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(manifest.read_text("utf-8"))
+    return found
+
+
+def _manifest(view: Dequantized, result: Repacked, key: str, bits: float) -> dict[str, Any]:
+    """That of the source where there is one: the values are the same, so is what was measured."""
+    unknown: dict[str, Any] = {
+        "source": {"id": result.source, "revision": None, "fingerprint": view.fingerprint()},
+        "calibration": None,
+        "options": {},
+        "feedback": False,
+        "transforms": [],
+        "kv_cache": None,
+        "method": "unknown",
+        "fallbacks": 0,
+        "quality": [],
+    }
+    known = _known(view.path)
+    return {
+        "schema": "quantkit/target/1",
+        "quantkit": __version__,
+        "key": key,
+        **{name: known.get(name, value) for name, value in unknown.items()},
+        "name": result.target,
+        "scheme": result.target.partition("-")[2],
+        "size_bytes": result.size_bytes,
+        "bits_per_weight": bits,
+    }
