@@ -106,8 +106,20 @@ class Transform(Protocol):
         """None, or the reason why this scheme gains nothing from it."""
         ...
 
-    def factors(self, weight: Tensor, stats: Statistics, scheme: Scheme) -> Tensor | None:
-        """(in,) fp32 positive factors for weight (out, in) fp32, all weights of a site; None: leave it."""
+    def factors(
+        self,
+        weight: Tensor,
+        stats: Statistics,
+        scheme: Scheme,
+        quantizer: Quantizer[Any],
+        ties: Tensor | None,
+    ) -> Tensor | None:
+        """(in,) fp32 positive factors for weight (out, in) fp32, all that read one input; None: leave it.
+
+        quantizer  what rounds the weights afterwards, by which a choice is to be judged
+        ties       (in,) int64: inputs of equal number must get the same factor, because what makes them is
+                   one channel (values that query heads share); None: every input may have its own
+        """
         ...
 
 

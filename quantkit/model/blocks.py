@@ -17,7 +17,7 @@ from transformers import Cache
 
 from quantkit.errors import UnsupportedError
 from quantkit.model.observe import Observer, Product, identity
-from quantkit.model.producers import Producer, Producers
+from quantkit.model.producers import Heads, Producer, Producers
 
 # Attributes in which blocks of one kind differ without being different.
 _COUNTERS = frozenset({"layer_idx", "layer_id", "layer_number", "idx"})
@@ -44,6 +44,7 @@ class Use:
     """A product seen on the meta device; `activation` numbers what fed it, within its block.
 
     producer   what scaled the activation, None when that is unknown or noticed elsewhere too
+    heads      (heads, width of a head) where the activation is heads side by side, else None
     """
 
     parameter: str
@@ -53,6 +54,7 @@ class Use:
     index: int
     activation: int
     producer: Producer | None
+    heads: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +165,19 @@ def _observed(block: nn.Module, hidden: Tensor, call: Call) -> Trace:
     kept: list[Tensor] = []  # activations stay alive, so that no storage is taken twice
     numbers: dict[tuple[int, int, int], int] = {}
     parameters = dict(block.named_parameters())
-    producers = Producers(parameters)
+    producers, heads = Producers(parameters), Heads()
 
     def seen(p: Product) -> None:
         kept.append(p.x)
         number = numbers.setdefault(identity(p.x), len(numbers))
-        uses.append(Use(p.parameter, p.first, p.last, p.stride_in, p.index, number, producers.of(p.x)))
+        made, joined = producers.of(p.x), heads.of(p.x)
+        uses.append(Use(p.parameter, p.first, p.last, p.stride_in, p.index, number, made, joined))
 
-    observer = Observer(parameters, seen, producers.after)
+    def called(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        producers.after(func, args, kwargs, out)
+        heads.after(func, args, out)
+
+    observer = Observer(parameters, seen, called)
     with observer:
         result = block(hidden, *call.args, **call.kwargs)
     producers.returned(tree_leaves(result))

@@ -18,9 +18,10 @@ from torch import nn
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UnsupportedError
 from quantkit.model.blocks import Use
-from quantkit.model.graph import Block, ModelGraph, Part, Role, Site, Weight
+from quantkit.model.graph import Block, ModelGraph, Part, Role, Site, Vector, Weight
 from quantkit.model.names import Layout, role_of
 from quantkit.model.producers import Producer
+from quantkit.model.rows import propose_rows
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.tiles import Tile, element, strides
 
@@ -46,7 +47,7 @@ def graph_of(skeleton: Skeleton, checkpoint: Checkpoint) -> ModelGraph:
     blocks = []
     for index, trace in enumerate(skeleton.traces):
         names = [name for name, block in home.items() if block == index]
-        sites = _sites(_block_tiles(skeleton, index), trace.uses, shapes)
+        sites = _sites(_block_tiles(skeleton, index), trace.uses, names, shapes)
         used = {weight.name for site in sites for weight in site.weights}
         kept = tuple(name for name in names if name not in used)
         reasons |= {name: _why_kept(name, shapes[name]) for name in kept if len(shapes[name]) > 1}
@@ -121,39 +122,85 @@ def _block_tiles(skeleton: Skeleton, index: int) -> dict[str, _Tiles]:
     return made
 
 
-def _sites(block: Mapping[str, _Tiles], uses: Iterable[Use], shapes: Shapes) -> tuple[Site, ...]:
+@dataclass(slots=True)
+class _Group:
+    """Weights that met the same activations, and what made those."""
+
+    weights: list[Weight]
+    producers: set[Producer | None]
+    heads: tuple[int, int] | None
+
+    @property
+    def usable(self) -> tuple[Weight, ...]:
+        return tuple(weight for weight in self.weights if weight.role != "router")
+
+
+def _sites(
+    block: Mapping[str, _Tiles], uses: Iterable[Use], names: Iterable[str], shapes: Shapes
+) -> tuple[Site, ...]:
     """Group the weights of a block by what fed them, in order of use.
 
     The matrices of a batched product (experts) are fed apart even though one tensor holds all inputs.
+    `names` are the block's tensors.
     """
     weights: dict[str, Weight] = {}
-    fed: dict[str, set[_Feed]] = {}
+    fed: dict[str, list[Use]] = {}
+    unknown: set[str] = set()
     for use in uses:
-        for weight in _weights(block[use.parameter], use, shapes):
+        met = list(_weights(block[use.parameter], use, shapes))
+        for weight in met:
             weights.setdefault(weight.key, weight)
-            fed.setdefault(weight.key, set()).add((use.activation, use.index, use.producer))
-    groups: dict[frozenset[_Feed], list[Weight]] = {}
+            fed.setdefault(weight.key, []).append(use)
+        if not met and use.producer is not None:
+            unknown.add(use.producer.vector)
+    groups: dict[frozenset[_Feed], _Group] = {}
     for key, weight in weights.items():
-        groups.setdefault(frozenset(fed[key]), []).append(weight)
-    made = [{producer for _, _, producer in feeds} for feeds in groups]
-    consumers = Counter(vector for by in made for vector in {p.vector for p in by if p is not None})
-    sites = []
-    for group, by in zip(groups.values(), made, strict=True):
-        usable = tuple(weight for weight in group if weight.role != "router")
-        producer = by.pop() if len(by) == 1 and len(usable) == len(group) else None
-        if usable and producer is not None and consumers[producer.vector] == 1:
-            sites.append(_scaled_site(usable, producer, block))
-        elif usable:
-            sites.append(Site(_site_id(usable), usable))
-    return tuple(sites)
+        feeds = frozenset((use.activation, use.index, use.producer) for use in fed[key])
+        made = {use.producer for use in fed[key]}
+        groups.setdefault(feeds, _Group([], made, fed[key][0].heads)).weights.append(weight)
+    readers = _readers(groups.values(), unknown)
+    sites = {weight.key: weight for group in groups.values() for weight in group.usable}
+    vectors = {name: shapes[name] for name in names if len(shapes[name]) == 1}
+    return tuple(_site(g, readers, block, sites, vectors) for g in groups.values() if g.usable)
 
 
-def _scaled_site(weights: tuple[Weight, ...], producer: Producer, block: Mapping[str, _Tiles]) -> Site:
-    """A site whose activation is scaled by a vector that nothing else notices."""
-    vector, bias = (
-        None if name is None else block[name].tiles[0].source for name in (producer.vector, producer.bias)
-    )
-    return Site(_site_id(weights), weights, vector, bias, producer.offset)
+def _site(
+    group: _Group,
+    readers: Mapping[Producer, tuple[str, ...]],
+    block: Mapping[str, _Tiles],
+    weights: Mapping[str, Weight],
+    vectors: Shapes,
+) -> Site:
+    usable, producer = group.usable, next(iter(group.producers))
+    if producer is not None and producer in readers:
+        vector, bias = (
+            None if name is None else block[name].tiles[0].source for name in (producer.vector, producer.bias)
+        )
+        if vector is not None:
+            made = Vector(vector, bias, producer.offset)
+            return Site(_site_id(usable), usable, made, readers[producer])
+    rows = propose_rows(usable[0], weights, vectors, group.heads) if len(group.weights) == 1 else None
+    return Site(_site_id(usable), usable, rows)
+
+
+def _readers(groups: Iterable[_Group], unknown: set[str]) -> dict[Producer, tuple[str, ...]]:
+    """What made activations and can be changed → the routers that notice, which can be changed along.
+
+    A vector cannot be changed when a matrix that it feeds has other inputs too, or is not known.
+    """
+    found: dict[Producer, dict[str, None]] = {}
+    fixed = set(unknown)
+    for group in groups:
+        producers = [producer for producer in group.producers if producer is not None]
+        routers = [weight for weight in group.weights if weight.role == "router"]
+        if len(group.producers) > 1 or any(router.part is not None for router in routers):
+            fixed.update(producer.vector for producer in producers)
+        for producer in producers:
+            found.setdefault(producer, {}).update((router.name, None) for router in routers)
+    by_vector = Counter(producer.vector for producer in found)
+    return {
+        p: tuple(names) for p, names in found.items() if p.vector not in fixed and by_vector[p.vector] == 1
+    }
 
 
 def _weights(tiles: _Tiles, use: Use, shapes: Shapes) -> Iterator[Weight]:

@@ -51,20 +51,57 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class Vector:
+    """A vector (a norm's weight) that scales an activation: ``x = (vector + offset) · normed + bias``.
+
+    name, bias   checkpoint names; both (in,)
+    offset       1 where a norm multiplies by 1 + w (Gemma), else 0
+    """
+
+    name: str
+    bias: str | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of another weight of the block that an activation's channels are made from, one each.
+
+    Proposed from names and shapes: true only where dividing a row divides its channel and nothing else,
+    which has to be proven on real activations. Runs of `span` channels (a head) come `repeat` times, next to
+    each other, where query heads share values.
+
+    weight  its `Weight.key`
+    start   the first of the rows
+    bias    checkpoint name of the vector, (out,), that is added to what the weight returns, None without
+    """
+
+    weight: str
+    start: int = 0
+    bias: str | None = None
+    repeat: int = 1
+    span: int = 1
+
+    def sources(self, width: int) -> list[int]:
+        """For each of `width` channels the row it comes from, counted from `start`."""
+        return [c // (self.span * self.repeat) * self.span + c % self.span for c in range(width)]
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """Weights fed by one and the same activation. `id` is unique within the model.
 
-    producer   checkpoint name of the vector (a norm's weight) that scales the activation, (in,); None when
-               there is none, or when anything but the weights of this site would notice a change of it
-    producer_bias     checkpoint name of the vector added afterwards, None without
-    producer_offset   what is added to the vector before it scales: 1 where a norm multiplies by 1 + w
+    producer  what a factor of the activation can be put into. All sites of a block with the same vector are
+              scaled by it at once, see `Block.together`. None when there is nothing, or when anything but
+              these weights and `readers` would notice
+    readers   checkpoint names of further matrices (…, in) that see what the vector scales and are in no
+              site (a router); their columns follow the factors
     """
 
     id: str
     weights: tuple[Weight, ...]
-    producer: str | None = None
-    producer_bias: str | None = None
-    producer_offset: float = 0.0
+    producer: Vector | Rows | None = None
+    readers: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -93,6 +130,13 @@ class Block:
     def weights(self) -> Iterator[Weight]:
         for site in self.sites:
             yield from site.weights
+
+    def together(self, site: Site) -> tuple[Site, ...]:
+        """The sites that one vector scales (the experts behind a norm), in order: factors hold for them all.
+        Only `site` where no vector does."""
+        if not isinstance(site.producer, Vector):
+            return (site,)
+        return tuple(other for other in self.sites if other.producer == site.producer)
 
 
 @dataclass(frozen=True, slots=True)

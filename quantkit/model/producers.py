@@ -23,6 +23,8 @@ _NORMS = (torch.layer_norm, torch.rms_norm, nn.functional.layer_norm, nn.functio
 _SCALINGS = (*_FACTORS, *_NORMS)
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
 _SUMS = ("add", "__add__", "__radd__")
+_JOINS = ("view", "reshape", "flatten")
+_CARRIES = (*_JOINS, "contiguous", "mul", "__mul__", *_CASTS)
 _VIEWS = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "size", "dim", "__get__")
 
 
@@ -122,8 +124,9 @@ class Producers:
     def _new(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
     ) -> Producer | None:
-        """What has made `out`: a vector by scaling, or what made something that is now cast or shifted."""
-        if func.__name__ in _CASTS:
+        """What has made `out`: a vector by scaling, or what made something that is now cast, shifted or
+        picked from."""
+        if func.__name__ in _CASTS or _picks_rows(func, args):
             return self.of(args[0])
         if func in _NORMS:
             shift = _BIAS.of(args, kwargs)
@@ -143,3 +146,47 @@ class Producers:
         if scaled is None or scaled.bias is not None or vector.producer.offset != 0:
             return None
         return replace(scaled, bias=vector.producer.vector)
+
+
+def _picks_rows(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a call picks tokens out of a tensor, as experts get theirs, and leaves their channels alone."""
+    if func is not torch.Tensor.__getitem__:
+        return False
+    x, index = args
+    places = index if isinstance(index, tuple) else (index,)
+    # an index of k dimensions of truth values stands for k dimensions
+    used = sum(p.dim() if isinstance(p, Tensor) and p.dtype == torch.bool else p is not None for p in places)
+    return isinstance(x, Tensor) and Ellipsis not in _plain(places) and used < x.dim()
+
+
+def _plain(places: Sequence[Any]) -> list[Any]:
+    """Without tensors, which cannot be searched for a value."""
+    return [place for place in places if not isinstance(place, Tensor)]
+
+
+class Heads:
+    """Which activations are heads set side by side, and how many of which width.
+
+    Known from the reshape that joins them, so it does not matter how attention was computed.
+    """
+
+    def __init__(self) -> None:
+        self._joined: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._alive: list[Tensor] = []
+
+    def of(self, x: Tensor) -> tuple[int, int] | None:
+        """(heads, width of a head), None when `x` was not put together from heads."""
+        return self._joined.get(identity(x))
+
+    def after(self, func: Callable[..., Any], args: Sequence[Any], out: Any) -> None:
+        """Note a call that has run."""
+        if not isinstance(out, Tensor) or out.dim() == 0 or not args or not isinstance(args[0], Tensor):
+            return
+        x, heads = args[0], None
+        if func.__name__ in _JOINS and x.dim() > out.dim() and x.shape[-2:].numel() == out.shape[-1]:
+            heads = (x.shape[-2], x.shape[-1])
+        elif func.__name__ in _CARRIES and x.shape == out.shape:
+            heads = self.of(x)
+        if heads is not None:
+            self._alive.append(out)
+            self._joined[identity(out)] = heads

@@ -234,6 +234,28 @@ class LoadedBlock:
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states
 
+    def differentiable(self, hidden: Tensor, new: Mapping[str, Tensor]) -> Tensor:
+        """(rows, length, hidden) states after the block, from which gradients reach `hidden` and `new`.
+
+        `new` are (out, in) weights by `Weight.key` and tensors of `Block.kept` by checkpoint name, for this
+        run alone; what it leaves out has the values it would have in `run`, within `replaced` too.
+        """
+        self._restore(self._changed)
+        call = self._runtime._calls_for(hidden.shape[0], hidden.shape[1])[self.index]
+        parameters: dict[str, Tensor] = {}
+        for key, value in new.items():
+            for tile, piece in self._placed(key, value):
+                name, now = tile.target.removeprefix(self._prefix), self._value(tile)
+                if tile.axes == tuple(range(now.dim())) and piece.shape == now.shape:
+                    parameters[name] = piece.to(now.dtype)
+                    continue
+                if name not in parameters:
+                    parameters[name] = now.detach().clone()
+                tile.at_runtime(parameters[name]).copy_(piece)
+        out = torch.func.functional_call(self._module, parameters, (hidden, *call.args), dict(call.kwargs))
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states
+
     def weight(self, weight: Weight) -> Tensor:
         """(out, in) values of `weight` in the runtime's dtype: a view where it lies in one piece.
 
@@ -267,12 +289,11 @@ class LoadedBlock:
         self._meant = set()
         try:
             for key, value in new.items():
-                self._changed.add(key)
-                self._write(self._weights[key], value)
-                self._meant.add(key)
+                self._write(key, value)
             for name, value in tensors.items():
-                self._write_kept(name, value)
-                self._meant.add(name)
+                if name in self._weights:
+                    raise ValueError(f"`{name}` is not a tensor that block {self.index} keeps")
+                self._write(name, value)
             yield self
         finally:
             self._meant = None
@@ -291,22 +312,26 @@ class LoadedBlock:
                 tile.at_runtime(self._value(tile)).copy_(tile.on_disk(tensor))
         self._changed -= restored
 
-    def _write(self, weight: Weight, value: Tensor) -> None:
-        if tuple(value.shape) != weight.shape:
-            raise ValueError(f"`{weight.key}` has shape {weight.shape}, not {tuple(value.shape)}")
-        on_disk = value.mT if _transposed(weight) else value
-        for tile in self._pieces(weight):
-            self._region(tile).copy_(on_disk[_cut(tile)])
+    def _write(self, key: str, value: Tensor) -> None:
+        placed = self._placed(key, value)
+        self._changed.add(key)
+        for tile, piece in placed:
+            tile.at_runtime(self._value(tile)).copy_(piece)
+        if self._meant is not None:
+            self._meant.add(key)
 
-    def _write_kept(self, name: str, value: Tensor) -> None:
-        if name not in self.block.kept:
-            raise ValueError(f"`{name}` is not a tensor that block {self.index} keeps")
-        shape = self._runtime._source.shape(name)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"`{name}` has shape {shape}, not {tuple(value.shape)}")
-        self._changed.add(name)
-        for tile in self._tiles[name]:
-            tile.at_runtime(self._value(tile)).copy_(tile.on_disk(value))
+    def _placed(self, key: str, value: Tensor) -> list[tuple[Tile, Tensor]]:
+        """Where a weight (out, in) or a kept tensor goes: tiles, and what belongs there, laid out as on disk."""
+        weight = self._weights.get(key)
+        if weight is None and key not in self.block.kept:
+            raise ValueError(f"`{key}` is not a tensor that block {self.index} keeps, nor one of its weights")
+        expected = self._runtime._source.shape(key) if weight is None else weight.shape
+        if tuple(value.shape) != expected:
+            raise ValueError(f"`{key}` has shape {expected}, not {tuple(value.shape)}")
+        if weight is None:
+            return [(tile, tile.on_disk(value)) for tile in self._tiles[key]]
+        on_disk = value.mT if _transposed(weight) else value
+        return [(tile, on_disk[_cut(tile)]) for tile in self._pieces(weight)]
 
     def _pieces(self, weight: Weight) -> list[Tile]:
         return [tile.of(weight.part) for tile in self._tiles[weight.name]]

@@ -20,7 +20,7 @@ from quantkit.schemes import Scheme
 
 # Raised whenever a change can alter the codes that the same plan produces: stores made before are
 # then not continued.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.numerics.inputs import InputRounding, cache_round, cache_scale
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Forward
+from quantkit.run.folded import matrix_of
 from quantkit.run.results import BlockResult
 from quantkit.schemes import CacheDtype
 from quantkit.tensors import QuantizedLinear, dequantize
@@ -52,12 +53,18 @@ class QuantizedBlock:
     @contextmanager
     def within(self, loaded: LoadedBlock, runtime: Runtime) -> Iterator[Forward]:
         """The forward pass of `loaded` with everything replaced, which is undone afterwards."""
-        kept = set(self._block.kept)
-        vectors = {name: t for name, t in self._result.tensors.items() if name in kept}
-        weights = _Dequantized(self._linears, runtime.dtype, runtime.device)
+        kept, tensors = set(self._block.kept), self._result.tensors
+        others = {name: t for name, t in tensors.items() if name in kept}
+        weights = _Values(self._linears, self._rewritten(), runtime.dtype, runtime.device)
         rounding, cache = self._rounding(), self._cache(runtime.device)
-        with loaded.replaced(weights, tensors=vectors) as replaced:
+        with loaded.replaced(weights, tensors=others) as replaced:
             yield partial(replaced.run, rounding=rounding or None, cache=cache)
+
+    def _rewritten(self) -> dict[str, Tensor]:
+        """Weights that the target keeps and a transform has scaled, by key."""
+        tensors = self._result.tensors
+        own = (w for w in self._block.weights() if self._target.scheme_of(w) is None)
+        return {w.key: matrix_of(w, tensors[w.name]) for w in own if w.name in tensors}
 
     def _rounding(self) -> dict[str, InputRounding]:
         """How the inputs of each weight are rounded, by weight key."""
@@ -77,19 +84,27 @@ class QuantizedBlock:
         return lambda keys, values: (cache_round(keys, dtype, k), cache_round(values, dtype, v))
 
 
-class _Dequantized(Mapping[str, Tensor]):
-    """Weight key → dequantized matrix, made when asked for: never more than one at a time in memory."""
+class _Values(Mapping[str, Tensor]):
+    """Weight key → its matrix: `kept` ones as they are, the others dequantized when asked for, so that never
+    more than one is in memory."""
 
     def __init__(
-        self, linears: Mapping[str, QuantizedLinear], dtype: torch.dtype, device: torch.device
+        self,
+        linears: Mapping[str, QuantizedLinear],
+        kept: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._linears, self._dtype, self._device = linears, dtype, device
+        self._linears, self._kept, self._dtype, self._device = linears, kept, dtype, device
 
     def __getitem__(self, key: str) -> Tensor:
-        return dequantize(self._linears[key].weight).to(self._device, self._dtype)
+        found = self._kept.get(key)
+        value = dequantize(self._linears[key].weight) if found is None else found
+        return value.to(self._device, self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._linears)
+        yield from self._linears
+        yield from self._kept
 
     def __len__(self) -> int:
-        return len(self._linears)
+        return len(self._linears) + len(self._kept)

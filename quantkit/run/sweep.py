@@ -8,11 +8,15 @@ sites are quantized before the next wave runs, so no more than one wave is alive
 
 from __future__ import annotations
 
+import operator
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from threading import Event
+
+from torch import Tensor
 
 from quantkit.calibrate.record import Recorder
 from quantkit.calibrate.statistics import Need, Statistics
@@ -22,13 +26,17 @@ from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Streams
 from quantkit.run.budget import release_memory, waves
-from quantkit.run.fold import Fold, Proof, fold_site
+from quantkit.run.fold import Proof, fold_site
+from quantkit.run.folded import Fold, divide_rows, rewritten
 from quantkit.run.progress import BlockError, BlockInfo, Progress
 from quantkit.run.quantize import Made, Rescaled, TensorMetrics, quantize_site
 from quantkit.run.replay import CacheRange, QuantizedBlock
 from quantkit.run.results import BlockResult
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
+
+# One micro-batch in so many is what decisions are judged on, from the fifth on.
+_HELD_OUT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +148,7 @@ class Sweep:
         for target in fresh:
             if target.target.feedback:
                 self._collect(held, block, self._plan.keys[target.name], [made[target.name]])
-        results = {name: making.result(block) for name, making in made.items()}
+        results = {name: making.result(block, self._runtime) for name, making in made.items()}
         metrics = {name: making.metrics() for name, making in made.items()}
         _report(metrics, progress)
         every = dict(results)
@@ -181,8 +189,7 @@ class Sweep:
             widths = {site.id: site.width for site in wave}
             recorder = Recorder(widths, {site.id: needs[site.id] for site in wave}, self._runtime.device)
             loaded = held.get()
-            batches = self._streams.batches(block.index, stream, rows)
-            outputs = (loaded.run(states, recorder, cache=cache) for _, states in batches)
+            outputs = self._recorded(block, stream, rows, loaded, recorder, cache)
             if last and moves:
                 self._streams.write(block.index + 1, stream, rows, outputs)
             else:
@@ -193,6 +200,20 @@ class Sweep:
         for making in makings:
             making.cache = cache
 
+    def _recorded(
+        self,
+        block: Block,
+        stream: str,
+        rows: RowSet,
+        loaded: LoadedBlock,
+        recorder: Recorder,
+        cache: CacheRange | None,
+    ) -> Iterator[Tensor]:
+        """What comes out of the block, by micro-batch, while the recorder sees what goes on inside."""
+        for number, (_, states) in enumerate(self._streams.batches(block.index, stream, rows)):
+            recorder.held_out = number % _HELD_OUT == _HELD_OUT // 2
+            yield loaded.run(states, recorder, cache=cache)
+
     def _proof(self, held: _Held, block: Block, stream: str) -> Proof | None:
         """The first micro-batch of a calibration stream, on which folds are proven."""
         rows = self._plan.calibration
@@ -200,7 +221,9 @@ class Sweep:
             return None
         first = next(rows.batches(self._streams.batch_tokens))
         return Proof(
-            held.get, lambda: self._streams.file(block.index, stream, rows).read(first, self._runtime.device)
+            block,
+            held.get,
+            lambda: self._streams.file(block.index, stream, rows).read(first, self._runtime.device),
         )
 
     def _quantize(
@@ -213,17 +236,14 @@ class Sweep:
     ) -> None:
         held.drop()
         targets = [m.target for m in makings]
+        seen = {} if recorder is None else {site.id: recorder.take(site.id) for site in sites}
         for site in sites:
-            stats: Statistics | None = None if recorder is None else recorder.take(site.id)
             rescaled = {}
             for making in makings:
-                if stats is None or proof is None or not making.target.transforms:
-                    continue
-                rescaled[making.target.name] = making.keep(
-                    fold_site(site, stats, making.target, self._runtime, proof)
-                )
-                held.drop()
-            results = quantize_site(site, stats, self._runtime.read, targets, rescaled)
+                if site.id in seen and proof is not None and making.target.transforms:
+                    rescaled[making.target.name] = making.rescale(site, seen, self._runtime, proof)
+                    held.drop()
+            results = quantize_site(site, seen.pop(site.id, None), self._runtime.read, targets, rescaled)
             for making in makings:
                 making.made += results.get(making.target.name, [])
 
@@ -248,17 +268,36 @@ class _Making:
         self.target = target
         self.made: list[Made] = []
         self.cache: CacheRange | None = None
-        self._folds: list[Fold] = []
+        # by the first site that they were asked for
+        self._folds: dict[str, Fold | str | None] = {}
 
-    def keep(self, fold: Fold | str | None) -> Rescaled:
-        """Remember a fold; what the site's weights are to know of it."""
-        if fold is None or isinstance(fold, str):
-            return Rescaled(note=fold)
-        self._folds.append(fold)
-        return Rescaled(fold.factors)
+    @property
+    def folds(self) -> list[Fold]:
+        """What transforms have done to the block so far."""
+        return [fold for fold in self._folds.values() if isinstance(fold, Fold)]
 
-    def result(self, block: Block) -> BlockResult:
-        tensors = {name: tensor for fold in self._folds for name, tensor in fold.tensors.items()}
+    def rescale(self, site: Site, seen: Mapping[str, Statistics], runtime: Runtime, proof: Proof) -> Rescaled:
+        """Let the transforms of the target see a site; what its weights are to know of the outcome.
+
+        One decision holds for all sites that one vector scales, made from what is known of them when the
+        first is reached. `seen` are statistics by site.
+        """
+        sites = proof.block.together(site)
+        first = sites[0].id
+        if first not in self._folds:
+            linears = {m.linear.name: m.linear for m in self.made}
+            pooled = _pooled(seen[site.id], [seen[s.id] for s in sites if s.id in seen and s != site])
+            fold = fold_site(site, pooled, self.target, runtime, proof, linears)
+            self._folds[first] = fold
+            if isinstance(fold, Fold):
+                self.made = [_divided(m, fold) for m in self.made]
+        found = self._folds[first]
+        if isinstance(found, Fold):
+            return Rescaled(found.factors)
+        return Rescaled(note=found if first == site.id else None)
+
+    def result(self, block: Block, runtime: Runtime) -> BlockResult:
+        tensors = rewritten(self.folds, block, self.target, runtime)
         names = self.target.cache_names(block)
         kind = self.target.target.kv_cache
         if self.cache is not None and kind is not None and names is not None:
@@ -267,6 +306,21 @@ class _Making:
 
     def metrics(self) -> list[TensorMetrics]:
         return [m.metrics for m in self.made]
+
+
+def _pooled(own: Statistics, others: Sequence[Statistics]) -> Statistics:
+    """The sum over sites of which the same is known."""
+
+    def known(s: Statistics) -> tuple[bool, ...]:
+        return tuple(v is not None for v in (s.squares, s.absmax, s.abssum, s.gram, s.sample, s.held))
+
+    return reduce(operator.add, (other for other in others if known(other) == known(own)), own)
+
+
+def _divided(made: Made, fold: Fold) -> Made:
+    """A weight with codes after a later fold into its rows."""
+    divisors = fold.rows.get(made.linear.name)
+    return made if divisors is None else replace(made, linear=divide_rows(made.linear, divisors))
 
 
 def _needs(sites: Sequence[Site], targets: Sequence[TargetPlan]) -> dict[str, Need]:

@@ -6,15 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.model.build import build_graph
-from quantkit.model.graph import ModelGraph, Part, Site
+from quantkit.model.graph import ModelGraph, Part, Rows, Site, Vector
 from tests.models import FAMILIES, save_tiny
 
 Saved = Callable[[str], Path]
@@ -72,10 +74,11 @@ def test_llama_by_hand(saved: Saved) -> None:
         [("mlp.down_proj.weight", (64, 96), "down")],
     ]
     assert [s.producer for s in found.blocks[1].sites] == [
-        "model.layers.1.input_layernorm.weight",
-        None,
-        "model.layers.1.post_attention_layernorm.weight",
-        None,
+        Vector("model.layers.1.input_layernorm.weight"),
+        # 4 heads of 16 channels, of which 2 share values
+        Rows("model.layers.1.self_attn.v_proj.weight", repeat=2, span=16),
+        Vector("model.layers.1.post_attention_layernorm.weight"),
+        Rows("model.layers.1.mlp.up_proj.weight"),
     ]
     assert found.blocks[1].kept == (
         "model.layers.1.input_layernorm.weight",
@@ -95,29 +98,130 @@ def test_llama_by_hand(saved: Saved) -> None:
         ("gemma3_text", {"q": ("input_layernorm", 1.0), "gate": ("pre_feedforward_layernorm", 1.0)}),
         ("phi3", {"qkv": ("input_layernorm", 0.0), "gate_up": ("post_attention_layernorm", 0.0)}),
         ("cohere", {"q": ("input_layernorm", 0.0)}),
-        # olmo2 normalizes what its products return; experts are given rows picked out of the norm's result
+        # olmo2 normalizes what its products return
         ("olmo2", {}),
-        ("mixtral", {"q": ("input_layernorm", 0.0)}),
-        ("qwen3_moe", {"q": ("input_layernorm", 0.0)}),
+        ("mixtral", {"q": ("input_layernorm", 0.0), "gate": ("post_attention_layernorm", 0.0)}),
+        ("qwen3_moe", {"q": ("input_layernorm", 0.0), "gate": ("post_attention_layernorm", 0.0)}),
+        ("gpt_oss", {"q": ("input_layernorm", 0.0), "gate_up": ("post_attention_layernorm", 0.0)}),
     ],
 )
-def test_producers(family: str, expected: dict[str, tuple[str, float]], saved: Saved) -> None:
-    block = graph(saved(family)).blocks[1]
+def test_vectors(family: str, expected: dict[str, tuple[str, float]], saved: Saved) -> None:
     made = {
-        s.weights[0].role: (s.producer.split(".")[-2], s.producer_offset)
-        for s in block.sites
-        if s.producer is not None
+        s.weights[0].role: (s.producer.name.split(".")[-2], s.producer.offset, s.producer.bias)
+        for s in graph(saved(family)).blocks[1].sites
+        if isinstance(s.producer, Vector)
     }
-    assert made == expected
-    assert all(s.producer_bias is None for s in block.sites)
+    assert made == {role: (*found, None) for role, found in expected.items()}
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "starcoder2"])
 def test_a_layer_norm_brings_its_bias(family: str, saved: Saved) -> None:
     for block in graph(saved(family)).blocks:
-        biases = [s.producer and s.producer.removesuffix("weight") + "bias" for s in block.sites]
-        assert [s.producer_bias for s in block.sites] == biases
-        assert len([bias for bias in biases if bias is not None]) == 2
+        made = [s.producer for s in block.sites if isinstance(s.producer, Vector)]
+        assert len(made) == 2
+        assert [v.bias for v in made] == [v.name.removesuffix("weight") + "bias" for v in made]
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "router"),
+    [
+        ("mixtral", [f"block_sparse_moe.experts.{e}.w1+w3" for e in range(4)], "block_sparse_moe.gate"),
+        ("qwen3_moe", [f"mlp.experts.{e}.gate_proj+up_proj" for e in range(4)], "mlp.gate"),
+        ("gpt_oss", [f"mlp.experts.gate_up_proj[{e}]" for e in range(4)], "mlp.router"),
+        (
+            "deepseek_v3",
+            [f"mlp.{of}.gate_proj+up_proj" for of in ("shared_experts", *(f"experts.{e}" for e in range(4)))],
+            "mlp.gate",
+        ),
+    ],
+)
+def test_one_norm_scales_all_experts_and_their_router(
+    family: str, experts: list[str], router: str, saved: Saved
+) -> None:
+    block = graph(saved(family)).blocks[1]
+    fed = [s for s in block.sites if s.producer == Vector("model.layers.1.post_attention_layernorm.weight")]
+    assert [s.id for s in fed] == [f"model.layers.1.{name}" for name in experts]
+    assert {s.readers for s in fed} == {(f"model.layers.1.{router}.weight",)}
+    assert all(block.together(s) == tuple(fed) for s in fed)
+    assert all(s.readers == () and block.together(s) == (s,) for s in block.sites if s not in fed)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", {"o": ("self_attn.v_proj", 0, 2, 16), "down": ("mlp.up_proj", 0, 1, 1)}),
+        # attention that Transformers writes out in products
+        ("gemma2", {"o": ("self_attn.v_proj", 0, 2, 32), "down": ("mlp.up_proj", 0, 1, 1)}),
+        ("cohere", {"o": ("self_attn.v_proj", 0, 2, 16), "down": ("mlp.up_proj", 0, 1, 1)}),
+        # 64 queries and 32 keys lie before the values, 96 gates before the rest
+        ("phi3", {"o": ("self_attn.qkv_proj", 96, 2, 16), "down": ("mlp.gate_up_proj", 96, 1, 1)}),
+        ("gpt2", {"o": ("attn.c_attn", 128, 1, 1), "down": ("mlp.c_fc", 0, 1, 1)}),
+        ("opt", {"o": ("self_attn.v_proj", 0, 1, 1), "down": ("fc1", 0, 1, 1)}),
+        ("deepseek_v3", {"down": ("mlp.up_proj", 0, 1, 1)}),
+    ],
+)
+def test_rows(family: str, expected: dict[str, tuple[str, int, int, int]], saved: Saved) -> None:
+    found = graph(saved(family))
+    made = {s.weights[0].role: s.producer for s in found.blocks[0].sites if isinstance(s.producer, Rows)}
+    assert {
+        role: (r.weight.split(".0.", 1)[1].removesuffix(".weight"), r.start, r.repeat, r.span)
+        for role, r in made.items()
+    } == expected
+    for rows in made.values():
+        biased = f"{rows.weight.removesuffix('weight')}bias"
+        assert rows.bias == (biased if biased in found.blocks[0].kept else None)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "made"),
+    [
+        # attention and MLP side by side behind one norm; 4 heads of queries share one of keys and of values
+        (
+            "falcon",
+            {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},
+            {
+                "qkv": Vector(
+                    "transformer.h.0.input_layernorm.weight", "transformer.h.0.input_layernorm.bias"
+                ),
+                "o": Rows("transformer.h.0.self_attention.query_key_value.weight", 80, None, 4, 16),
+                "down": Rows("transformer.h.0.mlp.dense_h_to_4h.weight"),
+            },
+        ),
+        (
+            "gemma",
+            {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 16},
+            {
+                "q": Vector("model.layers.0.input_layernorm.weight", None, 1.0),
+                "o": Rows("model.layers.0.self_attn.v_proj.weight", 0, None, 4, 16),
+                "gate": Vector("model.layers.0.post_attention_layernorm.weight", None, 1.0),
+                "down": Rows("model.layers.0.mlp.up_proj.weight"),
+            },
+        ),
+    ],
+)
+def test_other_families(
+    family: str, changes: dict[str, Any], made: dict[str, Vector | Rows], tmp_path: Path
+) -> None:
+    size: dict[str, Any] = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = CONFIG_MAPPING[family](**size, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert {s.weights[0].role: s.producer for s in graph(tmp_path).blocks[0].sites} == made
+
+
+def test_rows_of_an_expert_are_of_the_same_expert(saved: Saved) -> None:
+    for family, down, up, start in (
+        ("mixtral", "block_sparse_moe.experts.{}.w2", "block_sparse_moe.experts.{}.w3.weight", 0),
+        ("gpt_oss", "mlp.experts.down_proj[{}]", "mlp.experts.gate_up_proj[{}]", 96),
+    ):
+        found = graph(saved(family))
+        for e in range(4):
+            expected = Rows(f"model.layers.0.{up.format(e)}", start)
+            assert site(found, 0, down.format(e)).producer == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -218,9 +322,10 @@ def test_deepseek_blocks_differ(saved: Saved) -> None:
     shared = {"mlp.shared_experts.gate_proj+up_proj", "mlp.shared_experts.down_proj"}
     experts = {f"mlp.experts.{e}.{w}" for e in range(4) for w in ("gate_proj+up_proj", "down_proj")}
     assert set(sites(found, 1)) == attention | shared | experts
-    # The router sees the same activation, so a scale cannot be folded into the norm for this site alone.
-    assert site(found, 1, "shared_experts.gate_proj+up_proj").producer is None
-    assert site(found, 1, "self_attn.q_b_proj").producer == "model.layers.1.self_attn.q_a_layernorm.weight"
+    q_a = Vector("model.layers.1.self_attn.q_a_layernorm.weight")
+    assert site(found, 1, "self_attn.q_b_proj").producer == q_a
+    # values lie between keys, head by head, in the rows of kv_b_proj
+    assert site(found, 1, "self_attn.o_proj").producer is None
 
 
 def test_fused_weights_are_one_weight(saved: Saved) -> None:

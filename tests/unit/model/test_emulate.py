@@ -17,7 +17,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UnsupportedError
 from quantkit.model.build import build_graph
 from quantkit.model.emulate import Emulator, Place, Rounding, Roundings
-from quantkit.model.graph import Weight
+from quantkit.model.graph import Vector, Weight
 from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.numerics.inputs import InputRounding, cache_round
 from quantkit.schemes import parse_scheme
@@ -291,8 +291,8 @@ def test_planted_outliers_ruin_rounding_by_token_and_not_decomposition(saved: Sa
     weights: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     for site in block.block.sites:
-        if site.producer is not None:
-            norms[site.producer] = runtime.read_tensor(site.producer) * factors
+        if isinstance(site.producer, Vector):
+            norms[site.producer.name] = runtime.read_tensor(site.producer.name) * factors
             weights |= {w.key: block.weight(w) / factors for w in site.weights}
     plain = block.run(hidden)
     with block.replaced(weights, norms) as planted:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.model.observe import Observer
-from quantkit.model.producers import Producer, Producers
+from quantkit.model.producers import Heads, Producer, Producers
 
 OUT, IN, TOKENS = 5, 3, 4
 
@@ -73,11 +73,38 @@ def test_several_products_may_use_the_result() -> None:
 
 
 @pytest.mark.parametrize(
+    "pick",
+    [
+        lambda y: y[0],
+        lambda y: y[:, 2],
+        lambda y: y[1, :3],
+        lambda y: y[None],
+        lambda y: y.view(-1, IN)[torch.tensor([3, 3, 0])],
+        lambda y: y[torch.tensor([0, 1]), torch.tensor([2, 2])],
+        lambda y: y[torch.tensor([[True, False, True, True]] * 2)],
+    ],
+)
+def test_tokens_may_be_picked(pick: Callable[[Tensor], Tensor]) -> None:
+    """As experts get theirs: all channels, whatever the tokens."""
+
+    def run(n: Norm, x: Tensor, w: Tensor) -> None:
+        F.linear(pick(x * n.weight), w)
+
+    assert found(run) == [Producer("weight")]
+
+
+@pytest.mark.parametrize(
     "spoil",
     [
         lambda n, x, y: torch.relu(y),
         lambda n, x, y: x + y,
-        lambda n, x, y: y[0],
+        lambda n, x, y: y[0].relu(),
+        lambda n, x, y: y[0, 1, 2],
+        lambda n, x, y: y[..., :2],
+        lambda n, x, y: y[..., 0, :],
+        lambda n, x, y: y[None, :, :, torch.tensor([0])],
+        lambda n, x, y: y[y.new_zeros(2, TOKENS, IN).bool()],
+        lambda n, x, y: torch.arange(IN)[y.long()],
         lambda n, x, y: y * n.bias,
         lambda n, x, y: y + 1,
         lambda n, x, y: x * n.weight,
@@ -112,3 +139,24 @@ def test_what_a_block_returns_is_spoiled() -> None:
     assert producers.unspoiled(seen[0]) == Producer("weight")
     producers.returned([None, y])
     assert producers.unspoiled(seen[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("join", "expected"),
+    [
+        (lambda h: h.reshape(2, TOKENS, -1), (6, IN)),
+        (lambda h: h.view(2, TOKENS, 6 * IN), (6, IN)),
+        (lambda h: h.flatten(2), (6, IN)),
+        (lambda h: h.mT.contiguous().mT.reshape(2 * TOKENS, -1), (6, IN)),
+        (lambda h: h.reshape(2, TOKENS, -1).contiguous() * torch.rand(6 * IN), (6, IN)),
+        (lambda h: h.reshape(2 * TOKENS, 6, IN), None),
+        (lambda h: h.reshape(2, -1), None),
+        (lambda h: h.reshape(2, TOKENS, -1).cumsum(-1), None),
+        (lambda h: h[:, :, 0], None),
+    ],
+)
+def test_heads_set_side_by_side(join: Callable[[Tensor], Tensor], expected: tuple[int, int] | None) -> None:
+    heads = Heads()
+    with Observer({}, lambda product: None, lambda func, args, _, out: heads.after(func, args, out)):
+        x = join(torch.zeros(2, TOKENS, 6, IN))
+    assert heads.of(x) == expected

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import NumericsError
 from quantkit.model.build import build_graph
+from quantkit.model.graph import Vector
 from quantkit.model.runtime import LoadedBlock, Runtime
 from tests.models import FAMILIES, save_tiny, tiny_tokens
 
@@ -354,17 +355,19 @@ def test_a_scale_folded_into_what_produces_an_input_changes_nothing(family: str,
     hidden = runtime.embed(tiny_tokens())
     for index in range(2):
         block = runtime.load(index)
-        folded = [site for site in block.block.sites if site.producer is not None]
-        assert folded
+        made = dict.fromkeys(s.producer for s in block.block.sites if isinstance(s.producer, Vector))
+        assert made
         weights: dict[str, Tensor] = {}
         vectors: dict[str, Tensor] = {}
-        for site in folded:
-            s = torch.rand(site.width, generator=torch.Generator().manual_seed(index)) + 0.5
-            vector = runtime.read_tensor(site.producer or "")
-            vectors[site.producer or ""] = (vector + site.producer_offset) / s - site.producer_offset
-            if site.producer_bias is not None:
-                vectors[site.producer_bias] = runtime.read_tensor(site.producer_bias) / s
-            weights |= {w.key: block.weight(w) * s for w in site.weights}
+        for vector in made:
+            folded = [site for site in block.block.sites if site.producer == vector]
+            s = torch.rand(folded[0].width, generator=torch.Generator().manual_seed(index)) + 0.5
+            held = runtime.read_tensor(vector.name)
+            vectors[vector.name] = (held + vector.offset) / s - vector.offset
+            if vector.bias is not None:
+                vectors[vector.bias] = runtime.read_tensor(vector.bias) / s
+            vectors |= {name: runtime.read_tensor(name) * s for name in folded[0].readers}
+            weights |= {w.key: block.weight(w) * s for site in folded for w in site.weights}
         plain = block.run(hidden)
         with block.replaced(weights, vectors):
             same = block.run(hidden)
