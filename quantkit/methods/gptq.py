@@ -1,43 +1,40 @@
 """GPTQ: rounding with error feedback, on importance-weighted scales, then coordinate descent.
 
 Per site: one damped factor of the gram, shared by all its weights. Per weight: scales searched with
-the mean square of each input as importance, feedback in a sensible column order, and a polish that
-revisits codes with scales fixed. `plain: true` is what most tools do (absmax scales, columns in file
-order, no polish), kept by name because people compare and reproduce.
+the mean square of each input as importance, feedback in a sensible column order, a polish that revisits
+codes with scales fixed, and scales refitted to the codes. What refines must prove itself first, on some
+rows of the weights and on tokens that had no say. `plain: true` is what most tools do (absmax scales,
+columns in file order, no polish), kept by name because people compare and reproduce.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
-from quantkit.numerics import cholesky, feedback, grids
-from quantkit.numerics.cholesky import Factor
-from quantkit.numerics.curvature import Curvature, curvature
-from quantkit.numerics.feedback import DynamicGroups, Fit, StaticGroups, round_with_feedback
+from quantkit.numerics import cholesky, feedback
+from quantkit.numerics.curvature import curvature
 from quantkit.numerics.grids import SCALES, Scales
-from quantkit.numerics.levels import levels_of
 from quantkit.numerics.nearest import Grid, assemble, fit_groups, nearest
-from quantkit.numerics.polish import polish
-from quantkit.numerics.stored import Stored, stored_of
+from quantkit.numerics.solve import Order, Seen, Solved, Solver, Steps
+from quantkit.numerics.stored import stored_of
 from quantkit.protocols import Outcome
 from quantkit.schemes import Scheme
 from quantkit.tensors import Affine
 
 SUMMARY = "error feedback on searched scales, calibrated; the default for 2 to 4 bits"
 
-_Fixed = tuple[Tensor, Tensor | None]
-Order = Literal["off", "group_aware", "static", "free"]
 # Elements of a weight worked on at once; rows are independent, so this bounds memory, not quality.
 # On a GPU every column step is a few kernel launches whatever the rows: larger pieces, fewer launches.
 _PIECE = {"cpu": 1 << 23, "cuda": 1 << 28}
-_BATCH_COLUMNS = 128
+# Rows on which refinements are tried: the loss is a sum over rows, so a few of them rank alternatives.
+_TRIAL_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +47,17 @@ class Params:
                `static` important columns first on scales fixed beforehand; `free` important columns
                first, groups cut in that order, which the file must record (`g_idx`); `off` file order
     polish     passes of coordinate descent after the feedback
-    plain      GPTQ as first published: absmax scales, file order, no shrinkage, no polish
+    refit      times that scales are refitted to the codes, through the gram, with more passes after each
+    accept     take each refinement only where it lowers the loss on held-out tokens, judged on some rows
+    plain      GPTQ as first published: absmax scales, file order, no shrinkage, no refinement
     """
 
     damp: float = 0.01
     scales: Scales = "weighted"
     act_order: Order = "group_aware"
     polish: int = 3
+    refit: int = 2
+    accept: bool = True
     plain: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class Params:
             )
         if self.polish < 0:
             raise RecipeError(f"gptq: polish must be 0 or more passes, not {self.polish}")
+        if self.refit < 0:
+            raise RecipeError(f"gptq: refit must be 0 or more times, not {self.refit}")
         if self.plain:
             changed = [
                 f.name
@@ -85,28 +88,25 @@ class Params:
                 object.__setattr__(self, name, value)
 
 
-_PLAIN: dict[str, str | int] = {"scales": "absmax", "act_order": "off", "polish": 0}
+_PLAIN: dict[str, str | int | bool] = {
+    "scales": "absmax",
+    "act_order": "off",
+    "polish": 0,
+    "refit": 0,
+    "accept": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the weights of a site share: its curvature in processing order, the factor of that, and the
-    mean square of each input (in,) in file order. Without a factor every weight is rounded by itself.
+    """What the weights of a site share.
+
+    whole  solves with everything that was seen
+    trial  solves without the held-out tokens, and the gram (in, in) of those; None: nothing is judged
     """
 
-    curvature: Curvature
-    factor: Factor | None
-    importance: Tensor
-    note: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Solved:
-    """Some rows in file order: stored codes (rows, in), fp32 scales and zero points (rows, groups)."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
+    whole: Seen
+    trial: tuple[Seen, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Gptq:
 
     @property
     def needs(self) -> Need:
-        return Need.GRAM
+        return Need.GRAM | Need.HELDOUT if self._judges else Need.GRAM
 
     @property
     def ties_rows(self) -> bool:
@@ -140,35 +140,76 @@ class Gptq:
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Prepared:
         if stats is None or stats.gram is None or stats.tokens == 0:
             raise NumericsError("gptq needs calibration, and no token reached this site")
+        whole = self._seen(stats, scheme)
+        rest, held = stats.split()
+        if not self._judges or held is stats or held.gram is None or whole.factor is None:
+            return Prepared(whole, None)
+        return Prepared(whole, (self._seen(rest, scheme), held.gram))
+
+    def quantize(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> Outcome:
+        whole = prepared.whole
+        if whole.factor is None:
+            return Outcome(nearest(weight, scheme, self.params.scales, whole.importance), whole.note)
+        stored = stored_of(scheme, weight)
+        solver = Solver(whole, scheme, stored, self.params.act_order, self.params.scales)
+        fixed = self._fixed(weight, solver)
+        stages = self._stages(weight, prepared, solver)
+        pieces = []
+        for rows in _pieces(weight):
+            found = solver.stages(weight[rows], self._steps, _cut(fixed, rows))
+            pieces.append(_nth(found, stages))
+        scale = torch.cat([p.scale for p in pieces])
+        zeros = [p.zero for p in pieces if p.zero is not None]
+        kept = stored.build(scale) if fixed is None or not scheme.nested else fixed.kept
+        codes = torch.cat([p.codes for p in pieces])
+        result = assemble(codes, kept, torch.cat(zeros) if zeros else None, scheme)
+        if self.params.act_order == "free" and isinstance(result, Affine):
+            result = replace(result, column_group=_column_group(whole.curvature.order, scheme))
+        facts = {} if prepared.trial is None else {"refinements": float(stages - 1)}
+        return Outcome(result, whole.note, facts)
+
+    @property
+    def _steps(self) -> Steps:
+        return Steps(self.params.polish, self.params.refit)
+
+    @property
+    def _judges(self) -> bool:
+        return self.params.accept and self.params.polish > 0
+
+    def _seen(self, stats: Statistics, scheme: Scheme) -> Seen:
+        if stats.gram is None:
+            raise ValueError("a site without a gram")
         seen = curvature(stats.gram, stats.tokens, shrink=not self.params.plain)
         ordered = seen.ordered(self._order(seen.diagonal, scheme))
         importance = stats.gram.diagonal() / stats.tokens
         try:
             found = cholesky.factor(ordered, self.params.damp)
         except NumericsError as error:
-            return Prepared(ordered, None, importance, f"rounded to nearest: {error.message}")
-        return Prepared(ordered, found, importance, found.note)
+            return Seen(ordered, None, importance, f"rounded to nearest: {error.message}")
+        return Seen(ordered, found, importance, found.note)
 
-    def quantize(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> Outcome:
-        if prepared.factor is None:
-            return Outcome(nearest(weight, scheme, self.params.scales, prepared.importance), prepared.note)
-        stored = stored_of(scheme, weight)
-        width = weight.shape[1]
-        fixed: Grid | None = None
-        # one group per row has the same grid whether it is fitted before or when its first column is met
+    def _fixed(self, weight: Tensor, solver: Solver) -> Grid | None:
+        """Grids that are fitted before the feedback starts, None when they are fitted on the way.
+
+        One group per row has the same grid whether it is fitted before or when its first column is met.
+        """
+        scheme, width = solver.scheme, weight.shape[1]
         if self.params.act_order == "static" or scheme.nested or (scheme.group_size or width) == width:
-            fixed = fit_groups(weight, scheme, self.params.scales, stored, prepared.importance)
-        pieces = [
-            self._solve(weight[rows], prepared, prepared.factor, scheme, stored, _cut(fixed, rows))
-            for rows in _pieces(weight)
-        ]
-        zeros = [p.zero for p in pieces if p.zero is not None]
-        kept = stored.build(torch.cat([p.scale for p in pieces])) if fixed is None else fixed.kept
-        codes = torch.cat([p.codes for p in pieces])
-        whole = assemble(codes, kept, torch.cat(zeros) if zeros else None, scheme)
-        if self.params.act_order == "free" and isinstance(whole, Affine):
-            whole = replace(whole, column_group=self._column_group(prepared.curvature.order, scheme))
-        return Outcome(whole, prepared.note)
+            importance = solver.seen.importance
+            return fit_groups(weight, scheme, self.params.scales, solver.stored, importance)
+        return None
+
+    def _stages(self, weight: Tensor, prepared: Prepared, solver: Solver) -> int:
+        """How many stages are worth taking: those up to the smallest loss on the held-out tokens."""
+        if prepared.trial is None or prepared.trial[0].factor is None:
+            return self._steps.stages
+        seen, held = prepared.trial
+        step = -(-weight.shape[0] // _TRIAL_ROWS)
+        chosen = weight[::step].contiguous()
+        trial = replace(solver, seen=seen)
+        found = trial.stages(chosen, self._steps, self._fixed(chosen, trial))
+        losses = [float(((d @ held) * d).sum()) for d in (stage.values - chosen for stage in found)]
+        return 1 + losses.index(min(losses))
 
     def _order(self, diagonal: Tensor, scheme: Scheme) -> Tensor:
         match self.params.act_order:
@@ -178,58 +219,6 @@ class Gptq:
                 return feedback.group_aware(diagonal, scheme.group_size or diagonal.shape[0])
             case "static" | "free":
                 return feedback.descending(diagonal)
-
-    def _solve(
-        self,
-        weight: Tensor,
-        site: Prepared,
-        factor: Factor,
-        scheme: Scheme,
-        stored: Stored,
-        fixed: _Fixed | None,
-    ) -> _Solved:
-        """Codes of some rows: feedback on fixed or fitted grids, then the polish."""
-        width, order, levels = weight.shape[1], site.curvature.order, levels_of(scheme)
-        columns = scheme.group_size or width
-        w_io = weight.T[order].contiguous()
-        position = torch.arange(width, device=weight.device) // columns
-        if fixed is not None:
-            scale, zero = fixed
-            known = StaticGroups(scale, zero, position[order])
-            codes_io = round_with_feedback(w_io, factor, known, levels, _BATCH_COLUMNS).codes_io
-        else:
-            dynamic = DynamicGroups(self._fit(site, scheme, stored), columns)
-            batch = feedback.batch_width(columns, _BATCH_COLUMNS)
-            codes_io = round_with_feedback(w_io, factor, dynamic, levels, batch).codes_io
-            scale, zero = dynamic.tables()
-            known = StaticGroups(scale, zero, position)
-        if self.params.polish:
-            polish(codes_io, w_io, site.curvature, known, levels, self.params.polish, _BATCH_COLUMNS)
-        if fixed is None and self.params.act_order == "group_aware":
-            met = torch.argsort(order[::columns] // columns)
-            scale, zero = scale[:, met], None if zero is None else zero[:, met]
-        stored_io = levels.stored(codes_io)
-        codes = torch.empty_like(stored_io)
-        codes[order] = stored_io
-        return _Solved(codes.T.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous())
-
-    def _column_group(self, order: Tensor, scheme: Scheme) -> Tensor | None:
-        """(in,) group of each column in file order, when groups were cut in processing order."""
-        width = order.shape[0]
-        columns = scheme.group_size or width
-        if columns == width:
-            return None
-        found = torch.empty(width, dtype=torch.int32, device=order.device)
-        found[order] = (torch.arange(width, device=order.device) // columns).to(torch.int32)
-        return found
-
-    def _fit(self, site: Prepared, scheme: Scheme, stored: Stored) -> Fit:
-        in_order, levels = site.importance[site.curvature.order], levels_of(scheme)
-
-        def fit(w: Tensor, members: slice) -> tuple[Tensor, Tensor | None]:
-            return grids.choose(w, levels, stored, self.params.scales, in_order[members])
-
-        return fit
 
 
 def quantizer(params: Params) -> Gptq:
@@ -243,8 +232,24 @@ def _pieces(weight: Tensor) -> Iterator[slice]:
         yield slice(at, at + rows)
 
 
-def _cut(grid: Grid | None, rows: slice) -> _Fixed | None:
-    """Scales and zero points of some rows."""
+def _cut(grid: Grid | None, rows: slice) -> Grid | None:
+    """The grids of some rows; their stored form stays that of all."""
     if grid is None:
         return None
-    return grid.scale[rows], None if grid.zero is None else grid.zero[rows]
+    return replace(grid, scale=grid.scale[rows], zero=None if grid.zero is None else grid.zero[rows])
+
+
+def _nth(stages: Iterator[Solved], number: int) -> Solved:
+    """The result of stage `number`, counted from 1, or of the last one there is."""
+    return list(itertools.islice(stages, number))[-1]
+
+
+def _column_group(order: Tensor, scheme: Scheme) -> Tensor | None:
+    """(in,) group of each column in file order, when groups were cut in processing order."""
+    width = order.shape[0]
+    columns = scheme.group_size or width
+    if columns == width:
+        return None
+    found = torch.empty(width, dtype=torch.int32, device=order.device)
+    found[order] = (torch.arange(width, device=order.device) // columns).to(torch.int32)
+    return found

@@ -36,9 +36,12 @@ class Curvature:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start … stop − 1 of A in processing order, (stop − start, in)."""
-        chosen = self.order[start:stop]
-        found = self.gram.index_select(0, chosen).index_select(1, self.order).mul_(self.scale)
-        found.diagonal(start).copy_(self.diagonal[start:stop])
+        return self.chosen(torch.arange(start, stop, device=self.order.device))
+
+    def chosen(self, positions: Tensor) -> Tensor:
+        """Rows of A at some positions of the processing order, (positions, in)."""
+        found = self.gram.index_select(0, self.order[positions]).index_select(1, self.order).mul_(self.scale)
+        found.scatter_(1, positions[:, None], self.diagonal[positions, None])
         return found
 
     def ordered(self, order: Tensor) -> Curvature:
