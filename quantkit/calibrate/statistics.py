@@ -34,10 +34,11 @@ class Need(Flag):
     GRAM = auto()
     SAMPLE = auto()
     HELDOUT = auto()
+    CROSS = auto()
 
 
 # What is kept of the tokens that are held out; a choice is judged by sums alone.
-_JUDGED = Need.SQUARES | Need.ABSSUM | Need.GRAM
+_JUDGED = Need.SQUARES | Need.ABSSUM | Need.GRAM | Need.CROSS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Statistics:
     abssum   (in,)     Σ |x|
     gram     (in, in)  Σ x xᵀ
     sample   (n, in)   distinct rows of x with the smallest content hash, n ≤ SAMPLE_ROWS
+    cross    (in, in)  Σ x̃ xᵀ, x̃ what the untouched model has where x is what a quantized one has
+    prior    how many of the tokens stand for what the other experts of a layer saw
     held     the same sums over the tokens held out, which all others include; decisions are judged on
              them and final solves use everything
     """
@@ -61,6 +64,8 @@ class Statistics:
     gram: Tensor | None = None
     sample: Tensor | None = None
     held: Statistics | None = None
+    cross: Tensor | None = None
+    prior: int = 0
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -71,6 +76,7 @@ class Statistics:
             _both(self.gram, other.gram, torch.add),
             _both(self.sample, other.sample, _merge_samples),
             _both(self.held, other.held, operator.add),
+            _both(self.cross, other.cross, torch.add),
         )
 
     def split(self) -> tuple[Statistics, Statistics]:
@@ -88,9 +94,36 @@ class Statistics:
             squares=_less(self.squares, held.squares),
             abssum=_less(self.abssum, held.abssum),
             gram=_less(self.gram, held.gram),
+            cross=_less(self.cross, held.cross),
             held=None,
         )
         return rest, held
+
+    def with_prior(self, pool: Statistics, tokens: int) -> Statistics:
+        """These statistics, those of a pool counting as `tokens` more: a conjugate prior.
+
+        An expert that few tokens reached keeps to what all of its kind saw. A pool without a gram gives its
+        squares to the diagonal. Largest magnitudes are the pool's only where no token was seen.
+        """
+        if pool.tokens == 0:
+            return self
+        share = tokens / pool.tokens
+        squares = pool.squares if pool.squares is not None else pool.importance() * pool.tokens
+        gram = None if self.gram is None else self.gram.clone()
+        if gram is not None and pool.gram is not None:
+            gram.add_(pool.gram, alpha=share)
+        elif gram is not None:
+            gram.diagonal().add_(squares, alpha=share)
+        return replace(
+            self,
+            tokens=self.tokens + tokens,
+            prior=tokens,
+            squares=None if self.squares is None else self.squares + share * squares,
+            abssum=_more(self.abssum, pool.abssum, share),
+            absmax=self.absmax if self.tokens else pool.absmax,
+            sample=self.sample if self.tokens else pool.sample,
+            gram=gram,
+        )
 
     def importance(self) -> Tensor:
         """(in,) mean square of each input, the weight of its column in a scale search."""
@@ -100,9 +133,9 @@ class Statistics:
     def through(self, factors: Tensor) -> Statistics:
         """What would have been seen had every input been divided by `factors` (in,), positive fp32.
 
-        squares / f², absmax / f, abssum / f, gram / (f fᵀ), sample / f: exact but for rounding. The sample
-        keeps its choice of rows and their order. All results are new tensors: other targets go on reading
-        these. The gram is copied once (3 GiB at 28,672 inputs) and so are the vectors and the sample.
+        squares / f², absmax / f, abssum / f, gram and cross / (f fᵀ), sample / f: exact but for rounding. The
+        sample keeps its choice of rows and their order. All results are new tensors: other targets go on
+        reading these. The gram is copied once (3 GiB at 28,672 inputs) and so are the vectors and the sample.
         """
         return Statistics(
             self.tokens,
@@ -112,6 +145,7 @@ class Statistics:
             None if self.gram is None else _scaled_gram(self.gram, factors),
             None if self.sample is None else self.sample / factors,
             None if self.held is None else self.held.through(factors),
+            None if self.cross is None else _scaled_gram(self.cross, factors),
         )
 
 
@@ -129,14 +163,18 @@ def zero(width: int, need: Need, device: torch.device) -> Statistics:
         empty(width, width) if Need.GRAM in need else None,
         empty(0, width) if Need.SAMPLE in need else None,
         zero(width, need & _JUDGED, device) if Need.HELDOUT in need else None,
+        empty(width, width) if Need.CROSS in need else None,
     )
 
 
-def update(stats: Statistics, x: Tensor, *, held_out: bool = False) -> Statistics:
+def update(
+    stats: Statistics, x: Tensor, *, held_out: bool = False, reference: Tensor | None = None
+) -> Statistics:
     """`stats` plus the rows of x (tokens, in); sums are accumulated in place, in fp32.
 
     The gram of the new rows is added by one matrix product with fp32 accumulation. `held_out` rows count
-    among those that decisions are judged on, too.
+    among those that decisions are judged on, too. `reference` (tokens, in): what the untouched model has in
+    their place, wanted where `cross` is.
     """
     x = x.reshape(-1, x.shape[-1]).to(torch.float32)
     if stats.squares is not None:
@@ -147,15 +185,21 @@ def update(stats: Statistics, x: Tensor, *, held_out: bool = False) -> Statistic
         stats.abssum.add_(x.abs().sum(0))
     if stats.gram is not None:
         stats.gram.addmm_(x.T, x)
+    if stats.cross is not None:
+        if reference is None:
+            raise ValueError("a cross gram needs what the untouched model has")
+        stats.cross.addmm_(reference.reshape(x.shape).to(torch.float32).T, x)
     sample = None if stats.sample is None else _merge_samples(stats.sample, x)
-    held = update(stats.held, x) if held_out and stats.held is not None else stats.held
+    held = stats.held
+    if held_out and held is not None:
+        held = update(held, x, reference=reference)
     return replace(stats, tokens=stats.tokens + x.shape[0], sample=sample, held=held)
 
 
 def nbytes(width: int, need: Need) -> int:
     """Bytes that the statistics of one site of `width` inputs occupy."""
     vectors = sum(n in need for n in (Need.SQUARES, Need.ABSMAX, Need.ABSSUM))
-    gram = width if Need.GRAM in need else 0
+    gram = width * sum(n in need for n in (Need.GRAM, Need.CROSS))
     sample = SAMPLE_ROWS if Need.SAMPLE in need else 0
     held = nbytes(width, need & _JUDGED) if Need.HELDOUT in need else 0
     return 4 * width * (vectors + gram + sample) + held
@@ -168,6 +212,10 @@ def _scaled_gram(gram: Tensor, factors: Tensor) -> Tensor:
         rows = slice(at, at + _GRAM_ROWS)
         torch.div(gram[rows], factors[rows, None] * factors, out=scaled[rows])
     return scaled
+
+
+def _more(own: Tensor | None, other: Tensor | None, share: float) -> Tensor | None:
+    return own if own is None or other is None else own + share * other
 
 
 def _less(whole: Tensor | None, part: Tensor | None) -> Tensor | None:

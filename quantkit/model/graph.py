@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -107,6 +108,24 @@ class Site:
     def width(self) -> int:
         """in_features shared by the weights of the site."""
         return self.weights[0].shape[1]
+
+    @property
+    def experts(self) -> bool:
+        """Whether it belongs to an expert of a mixture, which sees the tokens that are routed to it."""
+        return ".experts." in self.weights[0].name or (
+            self.weights[0].part is not None and self.weights[0].part.expert is not None
+        )
+
+    @property
+    def kin(self) -> str | None:
+        """What the same site of all experts of a layer is called; None outside mixtures."""
+        return re.sub(r"\d+", "#", self.id) if self.experts else None
+
+    @property
+    def shares_input(self) -> bool:
+        """Whether experts read one and the same activation here, each its own tokens of it; what their last
+        matrices read, each has made itself."""
+        return all(weight.role != "down" for weight in self.weights)
 
 
 @dataclass(frozen=True, slots=True)

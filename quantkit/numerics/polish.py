@@ -14,9 +14,6 @@ from quantkit.numerics.curvature import Curvature
 from quantkit.numerics.feedback import StaticGroups, runs
 from quantkit.numerics.levels import Levels
 
-# a sweep that gains less than this share of the loss is the last one
-_ENOUGH = 0.002
-
 
 def polish(
     codes_io: Tensor,
@@ -27,7 +24,7 @@ def polish(
     sweeps: int,
     batch_columns: int = 128,
 ) -> None:
-    """Improve `codes_io` (in, out) fp32 in place by up to `sweeps` passes over the columns.
+    """Improve `codes_io` (in, out) fp32 in place by `sweeps` passes over the columns.
 
     w_io (in, out) fp32 original weights, in the processing order of `curvature`. `batch_columns`
     share one update of M: inside a batch only the rows of M still to be read in it are kept current.
@@ -39,7 +36,7 @@ def polish(
         end = min(start + batch_columns, width)
         torch.matmul(curvature.rows(start, end), value_io - w_io, out=m_io[start:end])
     diagonal = curvature.diagonal.tolist()
-    before = _loss(value_io, w_io, m_io)
+    # always so many: stopping early would make a row depend on those it is stacked with
     for _ in range(sweeps):
         for start in range(0, width, batch_columns):
             end = min(start + batch_columns, width)
@@ -59,15 +56,7 @@ def polish(
                 done = slice(first - start, last - start)
                 inside[last - start :].addmm_(coupling[done, last:end].T, change[done])
             m_io.addmm_(coupling.T, change)
-        after = _loss(value_io, w_io, m_io)
-        if before - after < _ENOUGH * before:
-            break
-        before = after
 
 
 def _value(code: Tensor, scale: Tensor, zero: Tensor | None, levels: Levels) -> Tensor:
     return levels.units(code, zero) * scale
-
-
-def _loss(value_io: Tensor, w_io: Tensor, m_io: Tensor) -> float:
-    return float(torch.sum((value_io - w_io) * m_io, dtype=torch.float64))

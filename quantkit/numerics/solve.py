@@ -49,7 +49,7 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Steps:
     """polish: passes of coordinate descent after the feedback; refits: times that scales are refitted to
-    the codes and codes, in as many passes at most, to the scales."""
+    the codes and codes, in one more pass, to the scales."""
 
     polish: int
     refits: int
@@ -116,7 +116,7 @@ class Solver:
         for _ in range(steps.refits):
             units = levels.units(codes_io, None if zero is None else zero.T[group_of])
             scale = refit(units, w_io, scale, group_of, curvature, self.stored)
-            polish(codes_io, w_io, curvature, StaticGroups(scale, zero, group_of), levels, steps.refits)
+            polish(codes_io, w_io, curvature, StaticGroups(scale, zero, group_of), levels, 1)
         yield self._in_file_order(codes_io, scale, zero, group_of, back)
 
     def _fit(self, levels: Levels) -> Fit:

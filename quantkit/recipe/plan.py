@@ -54,6 +54,11 @@ class TargetPlan:
         return needs_of(self.quantizer, self.transforms, used)
 
     @property
+    def wants_reference(self) -> bool:
+        """Whether calibration rows have to travel through the untouched model for it."""
+        return not self.target.feedback or Need.CROSS in self.needs
+
+    @property
     def calibrated(self) -> bool:
         """Whether calibration text has to run for it."""
         return bool(self.needs) or self.target.kv_cache is not None
@@ -102,14 +107,16 @@ def key_of(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resolve(recipe: Recipe, graph: ModelGraph, source_dtype: str, version: str) -> Resolved:
+def resolve(
+    recipe: Recipe, graph: ModelGraph, source_dtype: str, version: str, model_type: str = ""
+) -> Resolved:
     """Assign every weight of every target. Nothing raises here but a broken plugin: all that cannot be
     done is collected, so that a user sees every problem at once."""
     blockers = [_unmatched(rule, graph) for rule in _all_rules(recipe)]
     warnings: list[str] = []
     plans = []
     for target in recipe.targets:
-        plan, problems = _resolve_target(recipe, target, graph, source_dtype, version)
+        plan, problems = _resolve_target(recipe, target, graph, source_dtype, version, model_type)
         plans.append(plan)
         blockers += [f"{target.name}: {problem}" for problem in problems]
         warnings += [f"{target.name}: {note}" for note in _fused_conflicts(plan, graph)]
@@ -117,7 +124,7 @@ def resolve(recipe: Recipe, graph: ModelGraph, source_dtype: str, version: str) 
 
 
 def _resolve_target(
-    recipe: Recipe, target: Target, graph: ModelGraph, source_dtype: str, version: str
+    recipe: Recipe, target: Target, graph: ModelGraph, source_dtype: str, version: str, model_type: str
 ) -> tuple[TargetPlan, list[str]]:
     fmt: Format = registry.load("formats", target.format).FORMAT
     quantizer: Quantizer[Any] = registry.load("methods", target.method).quantizer(target.params)
@@ -159,6 +166,7 @@ def _resolve_target(
         linears=graph.linears,
         kv_cache=target.kv_cache,
         dtype=source_dtype,
+        model_type=model_type,
     )
     plan = TargetPlan(target, quantizer, transforms, fmt, default, schemes, facts)
     return plan, [*_shortened(problems), *_target_problems(plan, graph)]
@@ -179,6 +187,8 @@ def _target_problems(plan: TargetPlan, graph: ModelGraph) -> list[str]:
         )
     if not used:
         problems.append("every weight is kept by a rule: there is nothing to quantize")
+    if Need.CROSS in plan.needs and not plan.target.feedback:
+        problems.append("corrected targets follow the stream of the quantized model: set feedback to true")
     for spec, transform in zip(plan.target.transforms, plan.transforms, strict=True):
         reasons = {why for scheme in used if (why := transform.accepts(scheme)) is not None}
         problems += [f"{spec.name}: {why}" for why in sorted(reasons)]

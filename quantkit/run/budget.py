@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantkit.calibrate.record import Wanted
 from quantkit.calibrate.statistics import Need, nbytes
 from quantkit.errors import UsageError
 from quantkit.model.graph import Site
@@ -69,8 +70,25 @@ def release_memory() -> None:
         trim(0)
 
 
+def pools(sites: Sequence[Site], needs: Mapping[str, Need]) -> dict[str, Wanted]:
+    """What is to be known of all experts of a layer together, by `Site.kin`: what one of them is to know,
+    but only the diagonal of a gram where each reads what it has made itself."""
+    found: dict[str, Wanted] = {}
+    for site in sites:
+        if site.kin is not None:
+            need = needs[site.id] | Need.SQUARES
+            before = found[site.kin].need if site.kin in found else Need.NOTHING
+            left_out = Need.CROSS if site.shares_input else Need.CROSS | Need.GRAM | Need.HELDOUT
+            found[site.kin] = Wanted(site.width, before | need & ~left_out)
+    return found
+
+
 def waves(sites: Sequence[Site], needs: Mapping[str, Need], budget: int) -> Iterator[tuple[Site, ...]]:
-    """Consecutive sites whose statistics fit `budget` bytes together; a site larger than that is alone."""
+    """Consecutive sites whose statistics fit `budget` bytes together; a site larger than that is alone.
+
+    Pools are there in every wave, whatever the budget: what is known must not depend on it.
+    """
+    budget -= sum(pool.nbytes for pool in pools(sites, needs).values())
     wave: list[Site] = []
     used = 0
     for site in sites:

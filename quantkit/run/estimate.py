@@ -12,7 +12,7 @@ from quantkit import resources
 from quantkit.calibrate.statistics import Need, nbytes
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardPlan
-from quantkit.model.graph import ModelGraph
+from quantkit.model.graph import Block, ModelGraph
 from quantkit.recipe.plan import Resolved
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, EvalText, Recipe
@@ -60,7 +60,7 @@ def estimate(
     solve = factor + 3 * 4 * widest * tallest + weights * len(resolved.targets)
     fixed = _BASE_BYTES + max(outer * 2, forward, solve)
     needs = functools.reduce(operator.or_, (t.needs for t in resolved.targets), Need.SQUARES)
-    every = max((sum(nbytes(s.width, needs) for s in b.sites) for b in graph.blocks), default=0)
+    every = max((_statistics(b, needs) for b in graph.blocks), default=0)
     allowed = recipe.device.max_bytes or int(0.8 * budget.available(on))
     # with too little for all sites of a block, rows run through it once per part
     statistics = min(every, max(allowed - fixed, 0)) if any(t.calibrated for t in resolved.targets) else 0
@@ -68,6 +68,12 @@ def estimate(
     store = sum(quantized_parameters(t) * (t.default.bits + 1) // 8 for t in resolved.targets)
     streams = _stream_bytes(recipe, resolved, checkpoint, hidden * itemsize)
     return Estimate(fixed + statistics, outputs, store, streams, max(statistics, 1))
+
+
+def _statistics(block: Block, needs: Need) -> int:
+    """Bytes of what is to be known of all sites of a block at once."""
+    pooled = budget.pools(block.sites, {site.id: needs for site in block.sites})
+    return sum(nbytes(site.width, needs) for site in block.sites) + sum(p.nbytes for p in pooled.values())
 
 
 def _stream_bytes(recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, token_bytes: int) -> int:

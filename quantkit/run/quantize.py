@@ -162,12 +162,13 @@ class _Source:
 
     @property
     def tokens(self) -> int:
-        return 0 if self.stats is None else self.stats.tokens
+        """Tokens that were seen here, none of them by other experts."""
+        return 0 if self.stats is None else self.stats.tokens - self.stats.prior
 
     def prepare(self, quantizer: Quantizer[Any], scheme: Scheme) -> Any:
-        if quantizer.needs is Need.NOTHING or self.tokens:
+        if quantizer.needs is Need.NOTHING or (self.stats is not None and self.stats.tokens):
             return quantizer.prepare(self.stats, scheme)
-        if ".experts." in self.site.weights[0].name or self.site.weights[0].part is not None:
+        if self.site.experts:
             return None
         raise NumericsError(
             f"no calibration token reached `{self.site.id}`",
@@ -185,6 +186,10 @@ class _Source:
             outcome = _starved(stacked, scheme)
         else:
             outcome = quantizer.quantize(stacked, prepared, scheme)
+            if self.tokens == 0 and quantizer.needs is not Need.NOTHING:
+                unseen = "no calibration token reached this expert: it was rounded by what the others saw"
+                note = unseen if outcome.note is None else f"{outcome.note}; {unseen}"
+                outcome = replace(outcome, note=note)
         inputs = self._input_scale(scheme)
         made, row = [], 0
         for weight in weights:

@@ -8,24 +8,22 @@ sites are quantized before the next wave runs, so no more than one wave is alive
 
 from __future__ import annotations
 
-import operator
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from threading import Event
 
 from torch import Tensor
 
-from quantkit.calibrate.record import Recorder
+from quantkit.calibrate.record import Recorder, Wanted
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import Interrupted
 from quantkit.model.graph import Block, Site
 from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Streams
-from quantkit.run.budget import release_memory, waves
+from quantkit.run.budget import pools, release_memory, waves
 from quantkit.run.fold import Proof, fold_site
 from quantkit.run.folded import Fold, divide_rows, rewritten
 from quantkit.run.progress import BlockError, BlockInfo, Progress
@@ -37,6 +35,8 @@ from quantkit.run.streams import REFERENCE, RowSet
 
 # One micro-batch in so many is what decisions are judged on, from the fifth on.
 _HELD_OUT = 8
+# One in so many feeds what all experts of a layer know together; it divides the number above.
+_POOLED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class SweepPlan:
 
     def stream_rows(self) -> Iterator[tuple[str, RowSet]]:
         """Every (stream, rows) that travels from block to block; a target's stream is named by its key."""
-        if self.calibration is not None and any(t.calibrated and not t.target.feedback for t in self.targets):
+        if self.calibration is not None and any(t.calibrated and t.wants_reference for t in self.targets):
             yield REFERENCE, self.calibration
         for rows in self.evaluation:
             yield REFERENCE, rows
@@ -184,10 +184,12 @@ class Sweep:
         needs = _needs(block.sites, [m.target for m in makings])
         moves = stream == REFERENCE
         cache = CacheRange() if any(m.target.cache_names(block) for m in makings) else None
+        pooled = pools(block.sites, needs)
+        kin = {site.id: site.kin for site in block.sites if site.kin is not None}
         for wave in waves(block.sites, needs, self._plan.statistics_bytes):
             last = wave[-1] is block.sites[-1]
-            widths = {site.id: site.width for site in wave}
-            recorder = Recorder(widths, {site.id: needs[site.id] for site in wave}, self._runtime.device)
+            wanted = {site.id: Wanted(site.width, needs[site.id]) for site in wave}
+            recorder = Recorder(wanted, self._runtime.device, pooled, kin)
             loaded = held.get()
             outputs = self._recorded(block, stream, rows, loaded, recorder, cache)
             if last and moves:
@@ -210,8 +212,12 @@ class Sweep:
         cache: CacheRange | None,
     ) -> Iterator[Tensor]:
         """What comes out of the block, by micro-batch, while the recorder sees what goes on inside."""
-        for number, (_, states) in enumerate(self._streams.batches(block.index, stream, rows)):
+        untouched = self._streams.file(block.index, REFERENCE, rows)
+        for number, (part, states) in enumerate(self._streams.batches(block.index, stream, rows)):
             recorder.held_out = number % _HELD_OUT == _HELD_OUT // 2
+            recorder.pooling = number % _POOLED == 0
+            if recorder.pairs:
+                loaded.run(untouched.read(part, self._runtime.device), recorder.pair)
             yield loaded.run(states, recorder, cache=cache)
 
     def _proof(self, held: _Held, block: Block, stream: str) -> Proof | None:
@@ -236,14 +242,20 @@ class Sweep:
     ) -> None:
         held.drop()
         targets = [m.target for m in makings]
-        seen = {} if recorder is None else {site.id: recorder.take(site.id) for site in sites}
         for site in sites:
+            stats = pool = None
+            if recorder is not None:
+                stats, pool = recorder.take(site.id), _pool(site, proof, recorder)
             rescaled = {}
             for making in makings:
-                if site.id in seen and proof is not None and making.target.transforms:
-                    rescaled[making.target.name] = making.rescale(site, seen, self._runtime, proof)
+                if stats is not None and proof is not None and making.target.transforms:
+                    known = stats if pool is None else pool
+                    rescaled[making.target.name] = making.rescale(site, known, self._runtime, proof)
                     held.drop()
-            results = quantize_site(site, seen.pop(site.id, None), self._runtime.read, targets, rescaled)
+            if stats is not None and recorder is not None and (own := recorder.pool(site.id)) is not None:
+                # as many tokens as make a gram of full rank
+                stats = stats.with_prior(own, site.width)
+            results = quantize_site(site, stats, self._runtime.read, targets, rescaled)
             for making in makings:
                 making.made += results.get(making.target.name, [])
 
@@ -276,18 +288,17 @@ class _Making:
         """What transforms have done to the block so far."""
         return [fold for fold in self._folds.values() if isinstance(fold, Fold)]
 
-    def rescale(self, site: Site, seen: Mapping[str, Statistics], runtime: Runtime, proof: Proof) -> Rescaled:
+    def rescale(self, site: Site, stats: Statistics, runtime: Runtime, proof: Proof) -> Rescaled:
         """Let the transforms of the target see a site; what its weights are to know of the outcome.
 
-        One decision holds for all sites that one vector scales, made from what is known of them when the
-        first is reached. `seen` are statistics by site.
+        One decision holds for all sites that one vector scales, made when the first is reached from what is
+        known of them together.
         """
         sites = proof.block.together(site)
         first = sites[0].id
         if first not in self._folds:
             linears = {m.linear.name: m.linear for m in self.made}
-            pooled = _pooled(seen[site.id], [seen[s.id] for s in sites if s.id in seen and s != site])
-            fold = fold_site(site, pooled, self.target, runtime, proof, linears)
+            fold = fold_site(site, stats, self.target, runtime, proof, linears)
             self._folds[first] = fold
             if isinstance(fold, Fold):
                 self.made = [_divided(m, fold) for m in self.made]
@@ -308,13 +319,11 @@ class _Making:
         return [m.metrics for m in self.made]
 
 
-def _pooled(own: Statistics, others: Sequence[Statistics]) -> Statistics:
-    """The sum over sites of which the same is known."""
-
-    def known(s: Statistics) -> tuple[bool, ...]:
-        return tuple(v is not None for v in (s.squares, s.absmax, s.abssum, s.gram, s.sample, s.held))
-
-    return reduce(operator.add, (other for other in others if known(other) == known(own)), own)
+def _pool(site: Site, proof: Proof | None, recorder: Recorder) -> Statistics | None:
+    """What experts that read one activation saw together, when `site` is one of those that read it."""
+    together = (site,) if proof is None else proof.block.together(site)
+    expert = next((other for other in together if other.kin is not None and len(together) > 1), None)
+    return None if expert is None else recorder.pool(expert.id)
 
 
 def _divided(made: Made, fold: Fold) -> Made:
@@ -333,7 +342,8 @@ def _needs(sites: Sequence[Site], targets: Sequence[TargetPlan]) -> dict[str, Ne
         need = Need.SQUARES
         for target in targets:
             if any(target.scheme_of(weight) for weight in site.weights):
-                need |= target.needs
+                # experts of two streams see different tokens, which cannot be paired
+                need |= target.needs & ~Need.CROSS if site.experts else target.needs
         union[site.id] = need
     return union
 

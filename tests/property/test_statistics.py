@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quantkit.calibrate.statistics import Need, Statistics, update, zero
 
 WIDTH = 3
-NEEDS = st.sampled_from([Need.GRAM, Need.SQUARES, Need.ABSMAX | Need.ABSSUM, Need.SAMPLE, Need(31)])
+NEEDS = st.sampled_from([Need.GRAM, Need.SQUARES, Need.ABSMAX | Need.ABSSUM, Need.SAMPLE, Need(63)])
 ROW = st.lists(st.integers(-8, 8), min_size=WIDTH, max_size=WIDTH)
 ROWS = st.lists(ROW, max_size=12)
 FEW = settings(max_examples=40, deadline=None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantkit.calibrate import statistics
-from quantkit.calibrate.record import Recorder
+from quantkit.calibrate.record import Recorder, Wanted
 from quantkit.calibrate.statistics import SAMPLE_ROWS, Need, nbytes, update, zero
 
 CPU = torch.device("cpu")
@@ -113,10 +113,13 @@ def test_bytes_are_those_of_the_tensors() -> None:
         found = update(zero(5, need, CPU), x)
         kept = (found.squares, found.absmax, found.abssum, found.gram, found.sample)
         assert nbytes(5, need) == sum(t.nbytes for t in kept if t is not None)
+    both = zero(5, Need.GRAM | Need.CROSS | Need.HELDOUT, CPU)
+    assert nbytes(5, Need.GRAM | Need.CROSS | Need.HELDOUT) == 4 * 25 * 4
+    assert both.held is not None and both.held.cross is not None
 
 
 def test_a_recorder_keeps_what_is_wanted_and_gives_it_up() -> None:
-    recorder = Recorder({"a": 2, "b": 3}, {"a": Need.SQUARES}, CPU)
+    recorder = Recorder({"a": Wanted(2, Need.SQUARES)}, CPU)
     recorder("a", torch.ones(2, 5, 2))
     recorder("a", torch.ones(1, 2))
     recorder("b", torch.ones(1, 3))
@@ -134,3 +137,60 @@ def test_the_hash_depends_on_every_channel() -> None:
     x[1, 0] = x[2, 7] = 1.0
     x[3, 7] = 2.0
     assert len(set(statistics._hashes(x).tolist())) == 4
+
+
+def test_held_out_tokens_are_in_the_whole_and_can_be_taken_apart() -> None:
+    x, y = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0]])
+    found = update(zero(2, Need.GRAM | Need.SQUARES | Need.HELDOUT, CPU), x)
+    assert found.split() == (found, found)
+    found = update(found, y, held_out=True)
+    rest, held = found.split()
+    assert (found.tokens, rest.tokens, held.tokens) == (3, 2, 1)
+    assert found.gram is not None and rest.gram is not None and held.gram is not None
+    assert found.gram.tolist() == [[35.0, 44.0], [44.0, 56.0]]
+    assert rest.gram.tolist() == [[10.0, 14.0], [14.0, 20.0]]
+    assert held.gram.tolist() == [[25.0, 30.0], [30.0, 36.0]]
+    assert rest.squares is not None and rest.squares.tolist() == [10.0, 20.0]
+
+
+def test_a_cross_gram_pairs_both_streams() -> None:
+    recorder = Recorder({"a": Wanted(2, Need.GRAM | Need.CROSS)}, CPU)
+    assert recorder.pairs
+    recorder.pair("a", torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    recorder("a", torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+    found = recorder.take("a")
+    assert found.cross is not None and found.cross.tolist() == [[3.0, 4.0], [10.0, 12.0]]
+    lone = Recorder({"a": Wanted(2, Need.CROSS)}, CPU)
+    with pytest.raises(ValueError, match="untouched"):
+        lone("a", torch.ones(1, 2))
+
+
+def test_a_prior_counts_as_so_many_tokens_of_the_pool() -> None:
+    need = Need.GRAM | Need.SQUARES | Need.ABSMAX
+    own = update(zero(2, need, CPU), torch.tensor([[2.0, 0.0]]))
+    pool = update(zero(2, need, CPU), torch.tensor([[1.0, 1.0], [1.0, -3.0]]))
+    found = own.with_prior(pool, 4)
+    assert (found.tokens, found.prior) == (5, 4)
+    # two tokens of the pool count twice
+    assert found.gram is not None and found.gram.tolist() == [[4.0 + 4.0, -4.0], [-4.0, 20.0]]
+    assert found.squares is not None and found.squares.tolist() == [8.0, 20.0]
+    assert found.absmax is not None and found.absmax.tolist() == [2.0, 0.0]
+    diagonal = own.with_prior(update(zero(2, Need.SQUARES, CPU), torch.tensor([[1.0, 3.0]])), 2)
+    assert diagonal.gram is not None and diagonal.gram.tolist() == [[6.0, 0.0], [0.0, 18.0]]
+    unseen = zero(2, need, CPU).with_prior(pool, 2)
+    assert unseen.tokens == 2 and unseen.absmax is not None and unseen.absmax.tolist() == [1.0, 3.0]
+    assert own.with_prior(zero(2, need, CPU), 4) is own
+
+
+def test_pools_are_fed_by_every_expert_while_they_are_open() -> None:
+    recorder = Recorder(
+        {"e0": Wanted(1, Need.SQUARES)}, CPU, {"e#": Wanted(1, Need.SQUARES)}, {"e0": "e#", "e1": "e#"}
+    )
+    recorder.pooling = True
+    recorder("e0", torch.tensor([[1.0]]))
+    recorder("e1", torch.tensor([[2.0]]))
+    recorder.pooling = False
+    recorder("e1", torch.tensor([[9.0]]))
+    found = recorder.pool("e1")
+    assert found is not None and (found.tokens, found.squares.tolist()) == (2, [5.0])  # type: ignore[union-attr]
+    assert recorder.pool("other") is None

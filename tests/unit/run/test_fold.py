@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.record import Recorder
+from quantkit.calibrate.record import Recorder, Wanted
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.model.graph import Block, Part, Rows, Site, Vector, Weight
 from quantkit.model.runtime import LoadedBlock
@@ -205,7 +205,7 @@ class Scaling:
 def statistics(model: Any, index: int, states: Tensor) -> dict[str, Statistics]:
     """What every site of a block sees."""
     sites = model.graph.blocks[index].sites
-    recorder = Recorder({s.id: s.width for s in sites}, {s.id: ALL_NEEDS for s in sites}, states.device)
+    recorder = Recorder({s.id: Wanted(s.width, ALL_NEEDS) for s in sites}, states.device)
     model.runtime.load(index).run(states, recorder)
     return {site.id: recorder.take(site.id) for site in sites}
 
