@@ -14,16 +14,14 @@ from torch import Tensor
 
 from quantkit.errors import NumericsError
 
-_DAMP = 0.01
 
-
-def correction(gram: Tensor, cross: Tensor) -> Tensor:
-    """(in, in) fp32 D with W* = W + W·D; gram Σ x xᵀ and cross Σ x̃ xᵀ (in, in).
+def correction(gram: Tensor, cross: Tensor, damp: float = 0.01) -> Tensor:
+    """(in, in) D with W* = W + W·D; gram Σ x xᵀ, cross Σ x̃ xᵀ (in, in); λ is `damp` times the mean diagonal.
 
     NumericsError when the damped gram cannot be solved with.
     """
     damped = gram.clone()
-    damped.diagonal().add_(_DAMP * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+    damped.diagonal().add_(damp * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
     lower, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0:
         raise NumericsError("the gram of the quantized stream is not positive definite")
