@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -78,9 +78,10 @@ class Assigned:
 class FormatFacts:
     """All that a format needs for its configuration files.
 
-    linears   module paths of linear layers outside `assigned`, which stay float, see ModelGraph
-    kv_cache  dtype of the key-value cache that scales are stored for, or None
-    dtype     dtype of the source: what is not quantized has it in the file
+    linears     module paths of linear layers outside `assigned`, which stay float, see ModelGraph
+    kv_cache    dtype of the key-value cache that scales are stored for, or None
+    dtype       dtype of the source: what is not quantized has it in the file
+    model_type  the kind of model, as config.json names it
     """
 
     assigned: Sequence[Assigned]
@@ -92,6 +93,7 @@ class FormatFacts:
     linears: Sequence[str] = ()
     kv_cache: CacheDtype | None = None
     dtype: str = "bfloat16"
+    model_type: str = ""
 
 
 class Transform(Protocol):
@@ -153,6 +155,10 @@ class Format(Protocol):
         """The file tensors of `layout`, with contents; dtype is the source's, which readers compute in."""
         ...
 
+    def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
+        """Small whole tensors, by name, that readers want in the file beside those of the model."""
+        ...
+
     def base_name(self, tensor: str) -> str | None:
         """Checkpoint name of the weight that a file tensor belongs to, or None for a plain tensor."""
         ...
@@ -178,3 +184,65 @@ class Format(Protocol):
     def engines(self, facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(engines that load the result, notes on those that will not, with the reason)."""
         ...
+
+
+class TunedBlock(Protocol):
+    """A decoder block that can be run with other weights, through which gradients flow back to them."""
+
+    def differentiable(self, hidden: Tensor, new: Mapping[str, Tensor]) -> Tensor:
+        """(rows, length, hidden) states after the block, from those before it; `new` holds (out, in) weights
+        by `Weight.key`, what it leaves out is what the block has."""
+        ...
+
+
+class Pairs(Protocol):
+    """Calibration rows as they enter a block on a target's own stream, and what shall come out of it."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """(input, goal) of one row, both (1, length, hidden)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What a tuner made of the weights of a block.
+
+    linears  by `Weight.key`, laid out like the start: types, shapes and dtypes are equal
+    facts    numbers about the block for the report, by name
+    note     why the start was kept, or None
+    """
+
+    linears: Mapping[str, QuantizedLinear]
+    facts: Mapping[str, float] = field(default_factory=dict)
+    note: str | None = None
+
+
+class Tuner(Protocol):
+    """Improves the codes of a whole block, by what comes out of it. A method that does offers it as its
+    attribute `tuner`; its `quantize` makes the start."""
+
+    def tune(
+        self,
+        block: TunedBlock,
+        sources: Mapping[str, Tensor],
+        start: Mapping[str, QuantizedLinear],
+        schemes: Mapping[str, Scheme],
+        pairs: Pairs,
+    ) -> Tuned:
+        """All tensors lie on one device.
+
+        sources  (out, in) fp32 weights that the start stands for, after transforms, by `Weight.key`
+        start    what `quantize` made of them; schemes  of which scheme each is
+        """
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A quantizer that has a tuner."""
+
+    @property
+    def tuner(self) -> Tuner: ...

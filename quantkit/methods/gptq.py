@@ -112,14 +112,12 @@ class Prepared:
 
     whole       solves with everything that was seen
     correction  (in, in) what corrected targets add to a weight, multiplied by it; None: nothing
-    trial       the same without the held-out tokens; None: nothing is judged
-    held        statistics of the held-out tokens
+    stats       from which a trial takes what is not held out; None: nothing is judged
     """
 
     whole: Seen
     correction: Tensor | None = None
-    trial: Prepared | None = None
-    held: Statistics | None = None
+    stats: Statistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +152,8 @@ class Gptq:
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Prepared:
         if stats is None or stats.gram is None or stats.tokens == 0:
             raise NumericsError("gptq needs calibration, and no token reached this site")
-        whole = self._prepared(stats, scheme)
-        rest, held = stats.split()
-        if not self._judges or held is stats or held.tokens < _JUDGED_TOKENS or whole.whole.factor is None:
-            return whole
-        trial = self._prepared(rest, scheme)
-        return whole if trial.whole.factor is None else replace(whole, trial=trial, held=held)
+        judges = self._judges and stats.held is not None and stats.held.tokens >= _JUDGED_TOKENS
+        return replace(self._prepared(stats, scheme), stats=stats if judges else None)
 
     def quantize(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> Outcome:
         whole = prepared.whole
@@ -178,7 +172,7 @@ class Gptq:
         result = assemble(codes, kept, torch.cat(zeros) if zeros else None, scheme)
         if self.params.act_order == "free" and isinstance(result, Affine):
             result = replace(result, column_group=_column_group(whole.curvature.order, scheme))
-        facts = {} if prepared.trial is None else {"refinements": float(stages - 1)}
+        facts = {} if prepared.stats is None else {"refinements": float(stages - 1)}
         if prepared.correction is not None:
             facts["corrected"] = share
         return Outcome(result, whole.note, facts)
@@ -228,15 +222,18 @@ class Gptq:
     def _decided(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> tuple[float, int]:
         """(share of the correction, stages) of smallest loss on the held-out tokens, tried on some rows."""
         wanted = self.params.corrected if prepared.correction is not None else 0.0
-        if prepared.trial is None or prepared.held is None or prepared.held.gram is None:
+        if prepared.stats is None:
+            return wanted, self._steps.stages
+        rest, held = prepared.stats.split()
+        trial = self._prepared(rest, scheme)
+        if held.gram is None or trial.whole.factor is None:
             return wanted, self._steps.stages
         chosen = weight[:: -(-weight.shape[0] // _TRIAL_ROWS)].contiguous()
-        gram, cross = prepared.held.gram, prepared.held.cross
         best, decided = torch.inf, (0.0, 1)
         for share in dict.fromkeys((0.0, wanted)):
-            solver, target, fixed = self._set_up(chosen, prepared.trial, scheme, share)
+            solver, target, fixed = self._set_up(chosen, trial, scheme, share)
             for number, stage in enumerate(solver.stages(target, self._steps, fixed), 1):
-                found = loss(chosen, stage.values, gram, cross)
+                found = loss(chosen, stage.values, held.gram, held.cross)
                 if found < best:
                     best, decided = found, (share, number)
         return decided

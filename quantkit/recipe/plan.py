@@ -12,9 +12,9 @@ from typing import Any
 from quantkit import registry
 from quantkit.calibrate.statistics import Need
 from quantkit.errors import RecipeError, UnsupportedError
-from quantkit.model.fused import attention_of, fused_sets
+from quantkit.model.fused import attention_of
 from quantkit.model.graph import Block, ModelGraph, Weight
-from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer, Transform
+from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer, Transform, Tunable, Tuner
 from quantkit.recipe.spec import Recipe, Rule, Target
 from quantkit.schemes import Scheme
 
@@ -56,7 +56,12 @@ class TargetPlan:
     @property
     def wants_reference(self) -> bool:
         """Whether calibration rows have to travel through the untouched model for it."""
-        return not self.target.feedback or Need.CROSS in self.needs
+        return not self.target.feedback or Need.CROSS in self.needs or self.tuner is not None
+
+    @property
+    def tuner(self) -> Tuner | None:
+        """What improves the codes of a block once all of it has some, None where the method has nothing."""
+        return self.quantizer.tuner if isinstance(self.quantizer, Tunable) else None
 
     @property
     def calibrated(self) -> bool:
@@ -89,7 +94,6 @@ class Resolved:
 
     targets: tuple[TargetPlan, ...]
     blockers: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 def needs_of(quantizer: Quantizer[Any], transforms: Sequence[Transform], schemes: Iterable[Scheme]) -> Need:
@@ -113,14 +117,12 @@ def resolve(
     """Assign every weight of every target. Nothing raises here but a broken plugin: all that cannot be
     done is collected, so that a user sees every problem at once."""
     blockers = [_unmatched(rule, graph) for rule in _all_rules(recipe)]
-    warnings: list[str] = []
     plans = []
     for target in recipe.targets:
         plan, problems = _resolve_target(recipe, target, graph, source_dtype, version, model_type)
         plans.append(plan)
         blockers += [f"{target.name}: {problem}" for problem in problems]
-        warnings += [f"{target.name}: {note}" for note in _fused_conflicts(plan, graph)]
-    return Resolved(tuple(plans), tuple(b for b in blockers if b), tuple(warnings))
+    return Resolved(tuple(plans), tuple(b for b in blockers if b))
 
 
 def _resolve_target(
@@ -235,18 +237,6 @@ def _unmatched(rule: Rule, graph: ModelGraph) -> str:
     close = difflib.get_close_matches(rule.match, modules, n=2, cutoff=0.4)
     hint = f"; close: {', '.join(close)}" if close else ""
     return f"rule {rule.match!r} matches no weight{hint}"
-
-
-def _fused_conflicts(plan: TargetPlan, graph: ModelGraph) -> list[str]:
-    """q/k/v and gate/up are fused by vLLM and SGLang, so they must agree there."""
-    notes = []
-    for block in graph.blocks:
-        for site in block.sites:
-            for members in fused_sets(site.weights):
-                if len({plan.scheme_of(w) for w in members}) > 1:
-                    names = ", ".join(w.module for w in members)
-                    notes.append(f"{names} differ in scheme; vLLM and SGLang fuse them and will refuse")
-    return notes[:3]
 
 
 def _shortened(problems: list[str]) -> list[str]:

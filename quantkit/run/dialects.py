@@ -93,8 +93,7 @@ def _gptq(config: Config) -> tuple[str, Config]:
 
 def _awq(config: Config) -> tuple[str, Config]:
     version = str(config.get("version") or config.get("backend") or "gemm").lower()
-    group = config.get("group_size", config.get("q_group_size", -1))
-    return "awq", {**config, "bits": _bits(config), "group_size": group, "version": version}
+    return "awq", {**config, "bits": _bits(config), "version": version}
 
 
 def _auto_round(config: Config) -> tuple[str, Config]:

@@ -55,10 +55,15 @@ def estimate(
     gram = any(Need.GRAM in t.needs for t in resolved.targets)
     # a block is in memory while rows run through it, and dropped while its sites are solved
     forward = weights * itemsize + 12 * recipe.device.batch_tokens * max(widest, hidden) * itemsize
-    factor = 4 * widest * widest if gram else 0
+    # a factor, and beside it the gram and the factor of what is not held out
+    factor = 3 * 4 * widest * widest if gram else 0
     # one site's rows in fp32, stacked, with working copies of a piece of them, and the codes of the block
     solve = factor + 3 * 4 * widest * tallest + weights * len(resolved.targets)
-    fixed = _BASE_BYTES + max(outer * 2, forward, solve)
+    # source, position, two moments, values, gradients of all weights, and the activations of a row
+    tuned = any(t.tuner is not None for t in resolved.targets)
+    row = (recipe.calibration.length or DEFAULT_LENGTH) * (tallest + widest)
+    tune = 4 * (7 * weights + 6 * row) if tuned else 0
+    fixed = _BASE_BYTES + max(outer * 2, forward, solve, forward + tune)
     needs = functools.reduce(operator.or_, (t.needs for t in resolved.targets), Need.SQUARES)
     every = max((_statistics(b, needs) for b in graph.blocks), default=0)
     allowed = recipe.device.max_bytes or int(0.8 * budget.available(on))

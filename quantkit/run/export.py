@@ -70,7 +70,7 @@ class Exporter:
     def _tensors(self, target: Packing, key: str) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything the files hold, block by block."""
         for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
-            result = self._result(key, block)
+            result = self._result(target, key, block)
             linears = result.by_name()
             for entry in group:
                 if entry.assigned is not None:
@@ -82,8 +82,11 @@ class Exporter:
                     made = result.tensors.get(spec.name)
                     yield spec.name, self.checkpoint.read(spec.name) if made is None else made
 
-    def _result(self, key: str, block: int | None) -> BlockResult:
-        return BlockResult(()) if block is None else self.store.load(key, block)
+    def _result(self, target: Packing, key: str, block: int | None) -> BlockResult:
+        """What was made of a block; outside the blocks, what the format adds."""
+        if block is None:
+            return BlockResult((), target.format.companions(target.facts))
+        return self.store.load(key, block)
 
     def _side_files(self, target: Packing, folder: Path, config: Mapping[str, Any]) -> None:
         model = {k: v for k, v in self.checkpoint.config.items() if k != "_name_or_path"}
@@ -100,7 +103,7 @@ class Exporter:
         """Every weight, read from the files by the format's own reader, must equal the store's."""
         written = Checkpoint.open(folder)
         for block, group in _by_block(entries(target, self.checkpoint, self.graph)):
-            result = self._result(key, block)
+            result = self._result(target, key, block)
             linears = result.by_name()
             for entry in group:
                 if entry.assigned is not None:

@@ -39,7 +39,8 @@ class Packing(Protocol):
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A group of file tensors: a source tensor (copied byte for byte unless a transform rewrote it), what a
-    quantized weight becomes, or (neither) tensors that the sweep made, as the scales of a cache."""
+    quantized weight becomes, or (neither) tensors that were made, by the sweep (the scales of a cache) or by
+    the format."""
 
     specs: tuple[TensorSpec, ...]
     copied: str | None
@@ -69,6 +70,10 @@ def entries(target: Packing, checkpoint: Checkpoint, graph: ModelGraph) -> Itera
             yield Entry(tuple(TensorSpec(n, dtype, (1,)) for n in names), None, None, block.index)
     for name in (*graph.copied, *(n for n, w in outer.items() if w.role != "embed")):
         yield _copy(checkpoint, name, None)
+    companions = target.format.companions(target.facts)
+    if companions:
+        specs = tuple(TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in companions.items())
+        yield Entry(specs, None, None, None)
 
 
 def parameters(checkpoint: Checkpoint, graph: ModelGraph) -> int:

@@ -63,6 +63,7 @@ class PackedFolder:
             version=__version__,
             linears=graph.linears,
             dtype=view.dtype,
+            model_type=view.model_type,
         )
         return cls(f"{format_name}-{default.name}", fmt, default, facts, source, view, graph, schemes)
 

@@ -149,11 +149,11 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
     _check_floats(source, checkpoint, graph)
     from quantkit import __version__
 
-    resolved = resolve(recipe, graph, checkpoint.dtype, __version__)
+    resolved = resolve(recipe, graph, checkpoint.dtype, __version__, checkpoint.model_type)
     shards = {} if resolved.blockers else dict(_shards(recipe, resolved, checkpoint, graph))
     needed = estimate(recipe, resolved, checkpoint, graph, shards)
     blockers = (*resolved.blockers, *resource_blockers(recipe, needed))
-    warnings = (*_quantized_before(source, checkpoint), *resolved.warnings)
+    warnings = tuple(_quantized_before(source, checkpoint))
     return Plan(recipe, source, checkpoint, graph, resolved.targets, shards, needed, blockers, warnings)
 
 

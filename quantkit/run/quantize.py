@@ -90,24 +90,29 @@ def quantize_site(
     """Codes for every weight of a site, by target name.
 
     Weights of one scheme are stacked and solved together: rows are independent. What a site prepares
-    is shared by targets that ask for the same thing. `rescaled` holds what transforms did, by target name.
+    is shared by targets that ask for the same thing, and only one such thing is held at a time: it may be
+    as large as the gram. `rescaled` holds what transforms did, by target name.
     """
-    prepared: dict[tuple[Quantizer[Any], Scheme], Any] = {}
-    made: dict[str, list[Made]] = {}
+    jobs: dict[tuple[Quantizer[Any], Scheme, str | None], list[tuple[TargetPlan, list[Weight]]]] = {}
     for target in targets:
         own = rescaled.get(target.name, Rescaled())
-        source = _Source(site, stats, weight_of).through(own.factors)
-        shared = prepared if own.factors is None else {}
+        apart = None if own.factors is None else target.name
         for scheme, weights in _by_scheme(site, target).items():
-            key = (target.quantizer, scheme)
-            if key not in shared:
-                with naming(weights):
-                    shared[key] = source.prepare(target.quantizer, scheme)
-            for stack in _stacks(weights, scheme, target.quantizer):
+            jobs.setdefault((target.quantizer, scheme, apart), []).append((target, weights))
+    made: dict[str, list[Made]] = {}
+    untouched = _Source(site, stats, weight_of)
+    for (quantizer, scheme, apart), alike in jobs.items():
+        source = untouched if apart is None else untouched.through(rescaled[apart].factors)
+        with naming(alike[0][1]):
+            prepared = source.prepare(quantizer, scheme)
+        for target, weights in alike:
+            own = rescaled.get(target.name, Rescaled())
+            for stack in _stacks(weights, scheme, quantizer):
                 with naming(stack):
-                    results = source.solve(stack, target.quantizer, scheme, shared[key])
+                    results = source.solve(stack, quantizer, scheme, prepared)
                 made.setdefault(target.name, []).extend(own.told(m) for m in results)
-    return made
+    place = {weight.key: number for number, weight in enumerate(site.weights)}
+    return {name: sorted(found, key=lambda m: place[m.linear.name]) for name, found in made.items()}
 
 
 @contextmanager
@@ -200,7 +205,9 @@ class _Source:
             metrics = TensorMetrics(
                 weight.key, scheme.name, self.tokens, error, metric, outcome.note, outcome.facts
             )
-            made.append(Made(QuantizedLinear(weight.key, _on_cpu(part), inputs), metrics))
+            made.append(
+                Made(QuantizedLinear(weight.key, on_device(part, torch.device("cpu")), inputs), metrics)
+            )
         return made
 
     def _input_scale(self, scheme: Scheme) -> Tensor | None:
@@ -255,16 +262,16 @@ def _row_by_row(q: QuantizedTensor) -> bool:
     return q.group[0] in (1, shape(q)[0]) and not flat and not apart and nested
 
 
-def _on_cpu(q: QuantizedTensor) -> QuantizedTensor:
-    """A copy whose tensors are in main memory, contiguous and shared with nothing."""
+def on_device(q: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """A copy whose tensors are on `device`, contiguous and shared with nothing."""
 
     def moved(value: Any) -> Any:
         match value:
             case Tensor():
                 # a slice of a stack would keep the whole stack alive
-                return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
             case Affine() | Float() | Codebook():
-                return _on_cpu(value)
+                return on_device(value, device)
             case _:
                 return value
 

@@ -23,7 +23,7 @@ from quantkit.checkpoint.reader import Checkpoint, TensorInfo, usual_dtype
 from quantkit.checkpoint.strict_json import parse_object
 from quantkit.errors import SourceError
 from quantkit.model.names import match_names
-from quantkit.model.skeleton import _build, _config
+from quantkit.model.skeleton import config_of, meta_model
 from quantkit.protocols import Format
 from quantkit.run.dialects import CONFIG_KEYS, find_config, read_config
 from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor, dequantize, shape
@@ -170,7 +170,7 @@ def dequantized(quantized: QuantizedCheckpoint) -> Dequantized:
     config = {key: value for key, value in stored.config.items() if key not in CONFIG_KEYS}
     infos = _float_infos(quantized)
     view = Dequantized(stored.path, MappingProxyType(config), infos, quantized, frozenset(), {})
-    model = _build(_config(view), torch.float32)
+    model = meta_model(config_of(view), torch.float32)
     orphans = match_names(model, {name: info.shape for name, info in infos.items()}).orphans
     dropped = {name: why for name in orphans if (why := _idle(name, quantized)) is not None}
     transposed = _transposed(model, quantized)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.calibrate.overlap import check_disjoint
 from quantkit.calibrate.text import EvalSpec, SetSpec, as_set, find_set
-from quantkit.calibrate.tokenizer import load_tokenizer
+from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
 from quantkit.calibrate.tokens import CalibrationSet, EvalSet, build, build_eval
 from quantkit.recipe.spec import Calibration, EvalText, Recipe
 from quantkit.run.streams import RowSet
+
+# every text that is measured on, cut into windows, and the rows that are run for it
+Windows = tuple[tuple[EvalSet, RowSet], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Rows:
     """Calibration rows, or None when no target needs them, and every evaluation text with its rows."""
 
     calibration: CalibrationSet | None
-    evaluation: tuple[tuple[EvalSet, RowSet], ...]
+    evaluation: Windows
 
     @property
     def collecting(self) -> RowSet | None:
@@ -58,11 +62,16 @@ def build_rows(recipe: Recipe, tokenizer_folder: Path, *, calibrate: bool, lengt
             # `raw` leaves each part of a set its own template
             template=None if c.template == "raw" else c.template,
         )
-    sets = [build_eval(_evaluation(text), tokenizer) for text in texts]
+    evaluation = evaluation_rows(texts, tokenizer)
     if calibration is not None:
-        check_disjoint(calibration, sets)
-    named = tuple((found, RowSet(f"eval{n}", found.tokens, False)) for n, found in enumerate(sets))
-    return Rows(calibration, named)
+        check_disjoint(calibration, [found for found, _ in evaluation])
+    return Rows(calibration, evaluation)
+
+
+def evaluation_rows(texts: Sequence[EvalText], tokenizer: Tokenizer) -> Windows:
+    """Every text in the tokens of a model; CalibrationError when one is too short."""
+    sets = (build_eval(_evaluation(text), tokenizer) for text in texts)
+    return tuple((found, RowSet(f"eval{n}", found.tokens, False)) for n, found in enumerate(sets))
 
 
 def _mixture(c: Calibration) -> SetSpec:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.tokenizer import load_tokenizer
-from quantkit.calibrate.tokens import EvalSet, build_eval
+from quantkit.calibrate.tokens import EvalSet
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UsageError
 from quantkit.evaluate.scores import (
@@ -44,7 +44,7 @@ from quantkit.run.measure import LOGITS
 from quantkit.run.plan import locate
 from quantkit.run.progress import SILENT, BlockInfo, Progress
 from quantkit.run.quantized import dequantized, open_quantized
-from quantkit.run.rows import _evaluation
+from quantkit.run.rows import Windows, evaluation_rows
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
 from quantkit.run.table import Table
@@ -141,7 +141,7 @@ def score(
         if baseline is not None:
             first = _Model(baseline, where(baseline).path, device, work / "baseline")
             opened.enter_context(closing(first))
-            first.run(_windows(first.path, texts), progress)
+            first.run(evaluation_rows(texts, load_tokenizer(first.path)), progress)
         measured = []
         for number, name in enumerate(models):
             with closing(_Model(name, where(name).path, device, work / str(number))) as model:
@@ -171,14 +171,14 @@ class _Model:
         self._store = RunStore.open(root)
         hidden = self._graph.blocks[0].sites[0].width
         self._streams = Streams(self._store, hidden, dtype, on, device.batch_tokens)
-        self.windows: list[tuple[EvalSet, RowSet]] = []
+        self.windows: Windows = ()
 
     def close(self) -> None:
         """Give up its files."""
         self._store.drop_streams()
         self._store.close()
 
-    def run(self, windows: list[tuple[EvalSet, RowSet]], progress: Progress) -> None:
+    def run(self, windows: Windows, progress: Progress) -> None:
         """Every window through all blocks; only the states behind the last one are kept."""
         self.windows = windows
         progress.step("evaluate", f"{self.name} ({self._format})")
@@ -253,21 +253,12 @@ def _positions(
         yield nll.cpu(), source_nll(reference, after).cpu(), kl.cpu(), agrees.cpu()
 
 
-def _windows(path: Path, texts: Sequence[EvalText]) -> list[tuple[EvalSet, RowSet]]:
-    """Every text in the tokens of the checkpoint at `path`."""
-    tokenizer = load_tokenizer(path)
-    sets = [build_eval(_evaluation(text), tokenizer) for text in texts]
-    return [(found, RowSet(f"eval{n}", found.tokens, False)) for n, found in enumerate(sets)]
-
-
-def _shared_windows(
-    model: _Model, first: _Model | None, texts: Sequence[EvalText]
-) -> list[tuple[EvalSet, RowSet]]:
+def _shared_windows(model: _Model, first: _Model | None, texts: Sequence[EvalText]) -> Windows:
     """The baseline's windows; UsageError when the model's own tokenizer makes other tokens of the texts."""
     if first is None:
-        return _windows(model.path, texts)
+        return evaluation_rows(texts, load_tokenizer(model.path))
     try:
-        own = _windows(model.path, texts)
+        own = evaluation_rows(texts, load_tokenizer(model.path))
     except SourceError:  # many quantized folders come without a tokenizer
         return first.windows
     for (evaluated, rows), (_, other) in zip(own, first.windows, strict=True):

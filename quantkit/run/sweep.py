@@ -32,6 +32,7 @@ from quantkit.run.replay import CacheRange, QuantizedBlock
 from quantkit.run.results import BlockResult
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
+from quantkit.run.tune import StreamPairs, Tuning
 
 # One micro-batch in so many is what decisions are judged on, from the fifth on.
 _HELD_OUT = 8
@@ -148,6 +149,8 @@ class Sweep:
         for target in fresh:
             if target.target.feedback:
                 self._collect(held, block, self._plan.keys[target.name], [made[target.name]])
+        for making in made.values():
+            self._tune(making, block, held)
         results = {name: making.result(block, self._runtime) for name, making in made.items()}
         metrics = {name: making.metrics() for name, making in made.items()}
         _report(metrics, progress)
@@ -258,6 +261,18 @@ class Sweep:
             results = quantize_site(site, stats, self._runtime.read, targets, rescaled)
             for making in makings:
                 making.made += results.get(making.target.name, [])
+
+    def _tune(self, making: _Making, block: Block, held: _Held) -> None:
+        """Let a target's tuner improve the codes of a block, on the target's own stream where it has one."""
+        tuner, rows = making.target.tuner, self._plan.calibration
+        if tuner is None or rows is None or not making.made:
+            return
+        stream = self._plan.keys[making.target.name] if making.target.target.feedback else REFERENCE
+        inputs = self._streams.file(block.index, stream, rows)
+        goals = self._streams.file(block.index + 1, REFERENCE, rows)
+        tuning = Tuning(making.target, block, making.folds, self._runtime)
+        pairs = StreamPairs(inputs, goals, self._runtime.device)
+        making.made = tuning.improve(tuner, making.made, held.get(), pairs)
 
     def _advance_targets(self, held: _Held, block: Block, results: Mapping[str, BlockResult]) -> None:
         """Every target's own rows through its quantized block."""

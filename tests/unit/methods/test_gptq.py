@@ -63,7 +63,7 @@ def test_refinements_to_the_wrong_text_are_refused(rng: torch.Generator, weight:
     assert rest.tokens == 300 and apart.gram is not None
     quantizer = Gptq(Params())
     prepared = quantizer.prepare(stats, SCHEME)
-    assert prepared.trial is not None
+    assert prepared.stats is stats
     found = dequantize(quantizer.quantize(weight, prepared, SCHEME).weight)
     stages = {}
     for polish, refit in ((0, 0), (2, 0), (2, 2)):
