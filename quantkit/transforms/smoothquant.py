@@ -9,17 +9,18 @@ Shapes: x and sample (tokens, in), weight (out, in), factors (in,).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
-from quantkit.errors import NumericsError, RecipeError
+from quantkit.errors import RecipeError
 from quantkit.numerics.inputs import input_scale, round_inputs
 from quantkit.numerics.nearest import nearest
+from quantkit.numerics.rescale import balanced, finite, known, spaced
+from quantkit.protocols import Quantizer
 from quantkit.schemes import Scheme
 from quantkit.tensors import dequantize
 
@@ -29,8 +30,6 @@ _PUBLISHED = 0.5
 _STRENGTHS = tuple(step / 10 for step in range(10))
 # Rows of the weights that a trial rounds: all trials see the same, so few are enough to rank them.
 _ROWS = 128
-# Norms are stored in 16 bits and take the division: no factor leaves [2^−8, 2^8].
-_REACH = 8 * math.log(2)
 # A smaller gain is noise of the sample, not worth rewriting a norm.
 _WORTH = 0.99
 
@@ -75,22 +74,29 @@ class SmoothQuant:
             return "groups along the outputs follow any rescaling of the inputs and gain nothing"
         return None
 
-    def factors(self, weight: Tensor, stats: Statistics, scheme: Scheme) -> Tensor | None:
+    def factors(
+        self,
+        weight: Tensor,
+        stats: Statistics,
+        scheme: Scheme,
+        quantizer: Quantizer[Any],
+        ties: Tensor | None,
+    ) -> Tensor | None:
         """None where no token was seen, nothing can be scaled, or no strength proves itself.
 
-        A factor common to all inputs means nothing, scales absorb it: the geometric mean is 1. Raises
-        NumericsError for non-finite values.
+        Rounded inputs are most of the error, so weights are rounded to nearest on trial, whatever follows.
+        Raises NumericsError for non-finite values.
         """
         if stats.tokens == 0:
             return None
-        inputs = _known(stats.absmax, "largest magnitudes")
-        columns = torch.maximum(weight.amax(0), -weight.amin(0))
-        if not bool(torch.isfinite(columns).all()):
-            raise NumericsError("the weights hold non-finite values")
+        inputs = known(stats.absmax, "largest magnitudes", "smoothquant")
+        columns = finite(torch.maximum(weight.amax(0), -weight.amin(0)), "the weights")
         if self.params.alpha is not None:
-            found: Tensor | None = smoothing(inputs, columns, self.params.alpha)
+            found: Tensor | None = smoothing(inputs, columns, self.params.alpha, ties)
         else:
-            found = _searched(weight, columns, inputs, _known(stats.sample, "a sample"), scheme)
+            sample = known(stats.sample, "a sample", "smoothquant")
+            trials = Trials(spaced(weight, _ROWS), columns, inputs, sample, scheme)
+            found = _searched(trials, columns, inputs, ties)
         return None if found is None or bool((found == 1).all()) else found
 
 
@@ -99,51 +105,29 @@ def transform(params: Params) -> SmoothQuant:
     return SmoothQuant(params)
 
 
-def smoothing(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """(in,) fp32 factors inputs^α / columns^(1−α) with geometric mean 1, each within [2^−8, 2^8].
+def smoothing(inputs: Tensor, columns: Tensor, alpha: float, ties: Tensor | None = None) -> Tensor:
+    """(in,) fp32 factors inputs^α / columns^(1−α), balanced.
 
     inputs (in,) max |x_j|, columns (in,) max |W_rj|. Where either is zero there is nothing to balance,
     and the factor is 1: an input unseen so far may yet come.
     """
-    live = (inputs > 0) & (columns > 0)
-    if not bool(live.any()):
-        return torch.ones_like(inputs)
     logs = alpha * inputs.double().log() - (1 - alpha) * columns.double().log()
-    centred = (logs - logs[live].mean()).clamp(-_REACH, _REACH)
-    return torch.where(live, centred, torch.zeros_like(centred)).exp().float()
+    return balanced(logs, (inputs > 0) & (columns > 0), ties)
 
 
-def _known(value: Tensor | None, what: str) -> Tensor:
-    if value is None:
-        raise NumericsError(f"smoothquant needs {what} of the inputs, and there are none")
-    if not bool(torch.isfinite(value).all()):
-        raise NumericsError(f"the {what} of the inputs hold non-finite values")
-    return value
-
-
-def _searched(
-    weight: Tensor, columns: Tensor, inputs: Tensor, sample: Tensor, scheme: Scheme
-) -> Tensor | None:
+def _searched(trials: Trials, columns: Tensor, inputs: Tensor, ties: Tensor | None) -> Tensor | None:
     """The factors of smallest error; None unless they also win on the rows of the sample that had no say.
 
     Rows of the sample take turns: even ones choose the strength, odd ones accept or refuse.
     """
-    trials = Trials(_spaced(weight), columns, inputs, sample, scheme)
     plain = trials.errors(torch.ones_like(inputs))
     best, least = None, plain
     for alpha in _STRENGTHS:
-        trial = smoothing(inputs, columns, alpha)
+        trial = smoothing(inputs, columns, alpha, ties)
         errors = trials.errors(trial)
         if errors[0::2].sum() < least[0::2].sum():
             best, least = trial, errors
     return best if bool(least[1::2].sum() < _WORTH * plain[1::2].sum()) else None
-
-
-def _spaced(weight: Tensor) -> Tensor:
-    """At most _ROWS evenly spaced rows."""
-    out = weight.shape[0]
-    rows = min(out, _ROWS)
-    return weight[torch.arange(rows, device=weight.device) * out // rows]
 
 
 class Trials:

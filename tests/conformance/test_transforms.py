@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from quantkit import registry
-from quantkit.calibrate.statistics import Need, Statistics
+from quantkit.calibrate.statistics import Need, Statistics, update
 from quantkit.errors import NumericsError
+from quantkit.methods import rtn
 from quantkit.protocols import Transform
 from quantkit.recipe.check import hints, options
 from quantkit.schemes import Scheme, parse_scheme
-from tests.quantized import activations, statistics_of
+from tests.quantized import ALL_NEEDS, activations, statistics_of
 
 SCHEMES = tuple(
     replace(parse_scheme(name), scale_dtype="float32")
@@ -26,6 +27,9 @@ SCHEMES = tuple(
     )
 )
 OUT, WIDTH, TOKENS = 130, 128, 96
+EVERYTHING = ALL_NEEDS | Need.HELDOUT
+# what the target rounds by, where a transform wants to know
+QUANTIZER = rtn.quantizer(rtn.Params("weighted"))
 # fp32 sums of WIDTH products in another order
 CLOSE = 1e-5
 
@@ -74,11 +78,17 @@ def x(rng: torch.Generator) -> Tensor:
     return activations(WIDTH, TOKENS, rng)
 
 
-def factors_of(label: str, weight: Tensor, x: Tensor, scheme: Scheme) -> Tensor:
+def factors_of(label: str, weight: Tensor, x: Tensor, scheme: Scheme, ties: Tensor | None = None) -> Tensor:
     """The factors from exactly the statistics that the transform asks for; ones where it leaves the site."""
     transform = transform_of(label)
-    found = transform.factors(weight, statistics_of(x, transform.needs), scheme)
+    found = transform.factors(weight, seen(x, transform.needs), scheme, QUANTIZER, ties)
     return torch.ones(WIDTH) if found is None else found
+
+
+def seen(x: Tensor, need: Need) -> Statistics:
+    """Statistics of x, every eighth row held out."""
+    held = torch.arange(x.shape[0]) % 8 == 7
+    return update(statistics_of(x[~held], need), x[held], held_out=True)
 
 
 def check(factors: Tensor) -> None:
@@ -89,7 +99,7 @@ def check(factors: Tensor) -> None:
 
 
 def test_there_are_transforms() -> None:
-    assert "smoothquant" in registry.names("transforms")
+    assert {"awq", "smoothquant"} <= set(registry.names("transforms"))
 
 
 @pytest.mark.parametrize("name", registry.names("transforms"))
@@ -116,10 +126,10 @@ def test_factors_are_well_formed(label: str, scheme: Scheme, weight: Tensor, x: 
 def test_same_inputs_same_bits_and_nothing_else_moves(
     label: str, scheme: Scheme, weight: Tensor, x: Tensor
 ) -> None:
-    transform, stats, kept = transform_of(label), statistics_of(x), weight.clone()
+    transform, stats, kept = transform_of(label), seen(x, EVERYTHING), weight.clone()
     values = [t.clone() for f in fields(Statistics) if isinstance(t := getattr(stats, f.name), Tensor)]
     state = torch.random.get_rng_state()
-    first, again = (transform.factors(weight, stats, scheme) for _ in range(2))
+    first, again = (transform.factors(weight, stats, scheme, QUANTIZER, None) for _ in range(2))
     assert (first is None) == (again is None)
     assert first is None or (again is not None and torch.equal(first, again))
     assert torch.equal(weight, kept) and torch.equal(torch.random.get_rng_state(), state)
@@ -136,6 +146,15 @@ def test_the_model_computes_the_same(label: str, scheme: Scheme, weight: Tensor,
 
 
 @CASES
+def test_tied_inputs_get_one_factor(label: str, scheme: Scheme, weight: Tensor, x: Tensor) -> None:
+    ties = torch.arange(WIDTH) // 64 * 32 + torch.arange(WIDTH) % 32
+    factors = factors_of(label, weight, x, scheme, ties)
+    check(factors)
+    heads = factors.view(2, 2, 32)
+    assert torch.equal(heads[:, 0], heads[:, 1])
+
+
+@CASES
 def test_dead_inputs_unused_columns_and_one_token(
     label: str, scheme: Scheme, weight: Tensor, x: Tensor
 ) -> None:
@@ -149,8 +168,8 @@ def test_dead_inputs_unused_columns_and_one_token(
 @CASES
 def test_a_site_that_saw_nothing_is_left_alone(label: str, scheme: Scheme, weight: Tensor) -> None:
     for nothing in (torch.empty(0, WIDTH), torch.zeros(3, WIDTH)):
-        stats = statistics_of(nothing)
-        assert transform_of(label).factors(weight, stats, scheme) is None
+        stats = seen(nothing, EVERYTHING)
+        assert transform_of(label).factors(weight, stats, scheme, QUANTIZER, None) is None
 
 
 @CASES
@@ -168,7 +187,7 @@ def test_non_finite_values_are_refused(label: str, scheme: Scheme, weight: Tenso
 def test_statistics_it_did_not_ask_for_may_be_missing(label: str, weight: Tensor, x: Tensor) -> None:
     transform = transform_of(label)
     scheme = next(s for s in SCHEMES if transform.accepts(s) is None)
-    everything = transform.factors(weight, statistics_of(x), scheme)
+    everything = transform.factors(weight, seen(x, EVERYTHING), scheme, QUANTIZER, None)
     assert transform.needs is not Need.NOTHING
     found = factors_of(label, weight, x, scheme)
     assert torch.equal(found, torch.ones(WIDTH) if everything is None else everything)

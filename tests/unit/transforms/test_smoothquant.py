@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
+from quantkit.methods import rtn
 from quantkit.numerics.inputs import input_scale, round_inputs
 from quantkit.numerics.nearest import nearest
 from quantkit.schemes import Scheme, parse_scheme
@@ -18,6 +19,7 @@ from tests.quantized import statistics_of
 
 WIDTH, OUT = 64, 48
 W8A8 = parse_scheme("w8a8")
+NEAREST = rtn.quantizer(rtn.Params())
 
 
 def seen(x: Tensor) -> Statistics:
@@ -69,6 +71,17 @@ def test_worked_factors(
     found = smoothing(torch.tensor(inputs), torch.tensor(columns), alpha)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_tied_inputs_get_the_geometric_mean_of_what_each_would(weight: Tensor, rng: torch.Generator) -> None:
+    inputs, columns = torch.tensor([16.0, 1.0, 4.0, 1.0]), torch.ones(4)
+    found = smoothing(inputs, columns, 1.0, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(found, torch.tensor([2**0.5, 2**0.5, 2**-0.5, 2**-0.5]))
+    ties = torch.arange(WIDTH) // 4
+    factors = transform(Params()).factors(weight, seen(outliers(200, rng)), W8A8, NEAREST, ties)
+    assert factors is not None
+    groups = factors.view(-1, 4)
+    assert torch.equal(groups, groups[:, :1].expand(-1, 4)) and float(groups.std()) > 0
 
 
 def test_half_way_both_sides_become_equal(weight: Tensor, rng: torch.Generator) -> None:
@@ -138,7 +151,7 @@ def test_outliers_are_smoothed(name: str, gain: float, weight: Tensor, rng: torc
     """Measured on inputs that the search did not see, with all rows of the weight."""
     scheme, x, other = parse_scheme(name), outliers(512, rng), outliers(256, rng)
     stats = seen(x)
-    factors = transform(Params()).factors(weight, stats, scheme)
+    factors = transform(Params()).factors(weight, stats, scheme, NEAREST, None)
     assert factors is not None and stats.absmax is not None
     before = error(weight, other, scheme, None, stats.absmax)
     assert error(weight, other, scheme, factors, stats.absmax) * gain < before
@@ -149,7 +162,7 @@ def test_the_search_finds_what_no_fixed_strength_beats(weight: Tensor, rng: torc
     assert stats.sample is not None and stats.absmax is not None
     errors = {}
     for alpha in (None, 0.1, 0.3, 0.5, 0.7, 0.9):
-        factors = transform(Params(alpha)).factors(weight, stats, W8A8)
+        factors = transform(Params(alpha)).factors(weight, stats, W8A8, NEAREST, None)
         errors[alpha] = error(weight, stats.sample, W8A8, factors, stats.absmax)
     found = errors.pop(None)
     assert found <= 1.05 * min(errors.values())
@@ -158,36 +171,36 @@ def test_the_search_finds_what_no_fixed_strength_beats(weight: Tensor, rng: torc
 def test_sites_without_outliers_are_left_alone(rng: torch.Generator) -> None:
     x = torch.rand(512, WIDTH, generator=rng) * 2 - 1
     weight = (torch.rand(OUT, WIDTH, generator=rng) * 2 - 1) * 0.02
-    assert transform(Params()).factors(weight, seen(x), W8A8) is None
-    fixed = transform(Params(alpha=0.5)).factors(weight, seen(x), W8A8)
+    assert transform(Params()).factors(weight, seen(x), W8A8, NEAREST, None) is None
+    fixed = transform(Params(alpha=0.5)).factors(weight, seen(x), W8A8, NEAREST, None)
     assert fixed is not None, "a strength that was asked for is used"
 
 
 def test_one_row_cannot_both_choose_and_judge(weight: Tensor, rng: torch.Generator) -> None:
-    assert transform(Params()).factors(weight, seen(outliers(1, rng)), W8A8) is None
+    assert transform(Params()).factors(weight, seen(outliers(1, rng)), W8A8, NEAREST, None) is None
 
 
 @pytest.mark.parametrize("params", [Params(), Params(alpha=0.5)])
 def test_nothing_seen_nothing_done(params: Params, weight: Tensor) -> None:
     smooth = transform(params)
-    assert smooth.factors(weight, seen(torch.empty(0, WIDTH)), W8A8) is None
-    assert smooth.factors(weight, seen(torch.zeros(9, WIDTH)), W8A8) is None
+    assert smooth.factors(weight, seen(torch.empty(0, WIDTH)), W8A8, NEAREST, None) is None
+    assert smooth.factors(weight, seen(torch.zeros(9, WIDTH)), W8A8, NEAREST, None) is None
 
 
 def test_what_is_missing_or_broken_is_said(weight: Tensor, rng: torch.Generator) -> None:
     smooth, stats = SmoothQuant(Params()), seen(outliers(64, rng))
     assert stats.absmax is not None
     with pytest.raises(NumericsError, match="smoothquant needs a sample of the inputs"):
-        smooth.factors(weight, replace(stats, sample=None), W8A8)
+        smooth.factors(weight, replace(stats, sample=None), W8A8, NEAREST, None)
     with pytest.raises(NumericsError, match="smoothquant needs largest magnitudes of the inputs"):
-        smooth.factors(weight, replace(stats, absmax=None), W8A8)
+        smooth.factors(weight, replace(stats, absmax=None), W8A8, NEAREST, None)
     broken = stats.absmax.clone()
     broken[3] = torch.inf
     with pytest.raises(NumericsError, match="the largest magnitudes of the inputs hold non-finite values"):
-        smooth.factors(weight, replace(stats, absmax=broken), W8A8)
+        smooth.factors(weight, replace(stats, absmax=broken), W8A8, NEAREST, None)
     weight[1, 2] = torch.nan
     with pytest.raises(NumericsError, match="the weights hold non-finite values"):
-        smooth.factors(weight, stats, W8A8)
+        smooth.factors(weight, stats, W8A8, NEAREST, None)
 
 
 def test_the_scale_of_a_tensor_is_that_of_all_its_rows(weight: Tensor, rng: torch.Generator) -> None:
