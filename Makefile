@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(INTEROP): pyproject.toml constraints.txt
 	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,bitsandbytes,hqq]'
+	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,awq,bitsandbytes,hqq]'
 	touch $@
 
 clean:

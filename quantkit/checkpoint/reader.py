@@ -95,6 +95,11 @@ class Checkpoint:
         return usual_dtype(self.tensors.values())
 
     @property
+    def model_type(self) -> str:
+        """The kind of model, as config.json names it; empty where it does not."""
+        return str(self.config.get("model_type", ""))
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all tensors in the files."""
         return sum(info.nbytes for info in self.tensors.values())

@@ -24,9 +24,10 @@ _OPTIONAL = (
         "loads compressed-tensors results in transformers",
         "quantkit[compressed-tensors]",
     ),
-    ("gptqmodel", "loads GPTQ results in transformers", "quantkit[gptq]"),
+    ("gptqmodel", "loads GPTQ and AWQ results in transformers", "quantkit[gptq,awq]"),
     ("bitsandbytes", "loads NF4, FP4 and LLM.int8 results in transformers", "quantkit[bitsandbytes]"),
     ("hqq", "loads HQQ results", "quantkit[hqq]"),
+    ("gguf", "writes GGUF files", "quantkit[gguf]"),
     ("datasets", "further calibration sets of the Hub", "datasets"),
 )
 

@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from quantkit.cli.help import Command
-from quantkit.cli.options import FLAGS, _eval_texts, option
+from quantkit.cli.options import (
+    CACHE_DIR,
+    EVAL,
+    EVAL_CHUNKS,
+    EVAL_STYLE,
+    FLAGS,
+    OFFLINE,
+    eval_texts,
+    option,
+)
 from quantkit.cli.output import Output, common_options
 from quantkit.errors import UsageError
 
@@ -23,31 +32,13 @@ _DEVICE, _DTYPE = (flag.option() for flag in FLAGS if flag.path in ("device.map"
 @click.command("eval", cls=Command, examples=_EXAMPLES)
 @click.argument("paths", nargs=-1, metavar="PATH...")
 @option("Common", "--baseline", metavar="SOURCE", help="folder or Hub id they were made from, for KL")
-@option(
-    "Evaluation",
-    "--eval",
-    "evals",
-    multiple=True,
-    metavar="NAME|FILE",
-    help="text to measure on; a dot or slash: a file; repeatable  [default: wikitext2]",
-)
-@option(
-    "Evaluation",
-    "--eval-style",
-    metavar="STYLE[-CONTEXT]",
-    help="llamacpp-512 or gptq-2048  [default: llamacpp-512]",
-)
-@option("Evaluation", "--eval-chunks", type=int, metavar="N", help="only this many windows")
+@EVAL
+@EVAL_STYLE
+@EVAL_CHUNKS
 @_DEVICE
 @_DTYPE
-@option("Resources", "--offline", is_flag=True, help="use only files that are already here")
-@option(
-    "Resources",
-    "--cache-dir",
-    metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="folder of downloads",
-)
+@OFFLINE
+@CACHE_DIR
 @common_options
 def command(paths: tuple[str, ...], **flags: Any) -> None:
     """Measure perplexity of saved models, and KL from a baseline.
@@ -60,7 +51,7 @@ def command(paths: tuple[str, ...], **flags: Any) -> None:
         raise UsageError("there is nothing to measure", remedy="give a folder or a Hub id")
     from quantkit.recipe.spec import Device, Eval, EvalText
 
-    items = _eval_texts({**flags, "recipe": None, "source": None})
+    items = eval_texts({**flags, "recipe": None, "source": None})
     texts = tuple(EvalText(**item) for item in items) or Eval().perplexity
     chosen = {name: flags[key] for name, key in (("map", "device"), ("dtype", "dtype")) if flags[key]}
 

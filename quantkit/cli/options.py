@@ -66,6 +66,29 @@ def option(section: str, *names: str, **settings: Any) -> Callable[[C], C]:
     return click.option(*names, cls=Option, section=section, **settings)
 
 
+EVAL = option(
+    "Evaluation",
+    "--eval",
+    "evals",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="text to measure perplexity on; a dot or slash: a file; repeatable  [default: wikitext2]",
+)
+EVAL_STYLE = option(
+    "Evaluation",
+    "--eval-style",
+    metavar="STYLE[-CONTEXT]",
+    help="llamacpp-512 or gptq-2048  [default: llamacpp-512]",
+)
+EVAL_CHUNKS = option("Evaluation", "--eval-chunks", type=int, metavar="N", help="only this many windows")
+OFFLINE = option("Resources", "--offline", is_flag=True, help="use only files that are already here")
+CACHE_DIR = option(
+    "Resources",
+    "--cache-dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="folder of downloads",
+)
 SPECIAL = (
     option("Common", "-r", "--recipe", metavar="FILE", help="recipe to start from, or a shipped one by name"),
     option("Common", "--to", multiple=True, metavar="TARGET", help="target as gptq:w4g128; repeatable"),
@@ -86,30 +109,12 @@ SPECIAL = (
     ),
     option("Common", "--print-recipe", is_flag=True, help="print the complete recipe and stop"),
     option("Calibration", "--calib", metavar="SET|FILE", help="text to calibrate on; a dot or slash: a file"),
-    option(
-        "Evaluation",
-        "--eval",
-        "evals",
-        multiple=True,
-        metavar="NAME|FILE",
-        help="text to measure perplexity on; a dot or slash: a file; repeatable",
-    ),
-    option(
-        "Evaluation",
-        "--eval-style",
-        metavar="STYLE[-CONTEXT]",
-        help="llamacpp-512 or gptq-2048  [default: llamacpp-512]",
-    ),
-    option("Evaluation", "--eval-chunks", type=int, metavar="N", help="only this many windows"),
+    EVAL,
+    EVAL_STYLE,
+    EVAL_CHUNKS,
     option("Evaluation", "--no-eval", is_flag=True, help="measure nothing"),
-    option("Resources", "--offline", is_flag=True, help="use only files that are already here"),
-    option(
-        "Resources",
-        "--cache-dir",
-        metavar="DIR",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="folder of downloads",
-    ),
+    OFFLINE,
+    CACHE_DIR,
 )
 
 
@@ -180,7 +185,7 @@ def _overrides(flags: Mapping[str, Any]) -> list[Override]:
         found.append(flag(f"calibration.{key}", flags["calib"], "--calib"))
     if flags["rule"]:
         found.append(flag("rules", [_rule(text) for text in flags["rule"]], "--rule", prepend=True))
-    texts = _eval_texts(flags)
+    texts = eval_texts(flags)
     if texts:
         found.append(flag("eval.perplexity", texts, "--eval"))
     if flags["no_eval"]:
@@ -200,7 +205,7 @@ def _rule(text: str) -> dict[str, Any]:
     return {"match": match, "keep": True} if what == "keep" else {"match": match, "scheme": what}
 
 
-def _eval_texts(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+def eval_texts(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The items of `eval.perplexity` that the flags describe; none when no flag does."""
     styled = flags["eval_style"] is not None or flags["eval_chunks"] is not None
     if not flags["evals"] and styled and _recipe_path(flags) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from quantkit.cli.help import Command
-from quantkit.cli.options import option
+from quantkit.cli.options import CACHE_DIR, OFFLINE, option
 from quantkit.cli.output import Output, common_options
 from quantkit.errors import VerifyError
 
@@ -21,14 +21,8 @@ _EXAMPLES = (
 @click.command("verify", cls=Command, examples=_EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path))
 @option("Common", "--against", metavar="SOURCE", help="folder or Hub id it was made from, to compare")
-@option("Resources", "--offline", is_flag=True, help="use only files that are already here")
-@option(
-    "Resources",
-    "--cache-dir",
-    metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="folder of downloads",
-)
+@OFFLINE
+@CACHE_DIR
 @common_options
 def command(folder: Path, **flags: Any) -> int:
     """Check a model FOLDER: every byte, every tensor, every name.

@@ -150,6 +150,9 @@ class Hqq:
         base = linear.name.removesuffix(".weight")
         return {f"{base}.{name}": tensor for name, tensor in words.items()}
 
+    def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
+        return {}
+
     def base_name(self, tensor: str) -> str | None:
         base, _, part = tensor.rpartition(".")
         return f"{base}.weight" if part in _PARTS else None

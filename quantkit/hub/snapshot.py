@@ -122,8 +122,8 @@ def _path(repo: Repo, commit: str) -> Path:
 
 
 def _is_small(name: str) -> bool:
-    wanted = name in (folder.CONFIG, _CARD) or name.endswith(folder.INDEX_SUFFIX) or folder.is_extra(name)
-    return wanted and "/" not in name
+    named = name in (folder.CONFIG, _CARD, *folder.QUANTIZATION_FILES)
+    return (named or name.endswith(folder.INDEX_SUFFIX) or folder.is_extra(name)) and "/" not in name
 
 
 def _weights(repo: Repo, commit: str, names: Collection[str]) -> tuple[str, ...]:

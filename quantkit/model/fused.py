@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quantkit.model.graph import Block, Weight
+from quantkit.schemes import Scheme
 
 _SETS = (("q", "k", "v"), ("gate", "up"))
 
@@ -17,6 +18,21 @@ def fused_sets(weights: Iterable[Weight]) -> list[list[Weight]]:
         part = next((n for n, roles in enumerate(_SETS) if weight.role in roles), None)
         found.setdefault((parent, own if part is None else part), []).append(weight)
     return list(found.values())
+
+
+def fusing_problem(schemes: Iterable[tuple[Weight, Scheme | None]]) -> str | None:
+    """Why vLLM and SGLang cannot put weights side by side: some that they fuse differ. None: they can."""
+    chosen = {weight: scheme for weight, scheme in schemes}
+    experts: dict[str, list[Weight]] = {}
+    for weight in chosen:
+        holder, inside, _ = weight.module.partition(".experts.")
+        if inside:
+            experts.setdefault(f"the experts of `{holder}`", []).append(weight)
+    sets = ((", ".join(f"`{w.module}`" for w in members), members) for members in fused_sets(chosen))
+    for names, members in (*sets, *experts.items()):
+        if len({chosen[weight] for weight in members}) > 1:
+            return f"vLLM and SGLang fuse {names}: give them one scheme, or keep them all"
+    return None
 
 
 def attention_of(block: Block) -> str | None:

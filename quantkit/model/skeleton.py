@@ -63,14 +63,14 @@ class Skeleton:
         SourceError when tensors and config do not fit, UnsupportedError when Transformers does not
         know the model or its blocks cannot be found or run without data.
         """
-        config = _config(checkpoint)
-        model = _build(config, dtype)
+        config = config_of(checkpoint)
+        model = meta_model(config, dtype)
         match = match_names(model, {name: info.shape for name, info in checkpoint.tensors.items()})
         ends = _ends(model)
         tie = _ties_embeddings(ends, bool(config.tie_word_embeddings), match, checkpoint)
         if tie != bool(config.tie_word_embeddings):
             config.tie_word_embeddings = tie
-            model = _build(config, dtype)
+            model = meta_model(config, dtype)
         layout = settle(match, _shared(model))
         prefix, blocks = find_blocks(model)
         width = int(_weight(model.get_input_embeddings()).shape[1])
@@ -126,7 +126,7 @@ class Skeleton:
         return (out,) if self.traces and self.traces[index].returns_tuple else out
 
 
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
     """The Transformers config; code that comes with the checkpoint is never looked at."""
     decode: Any = PretrainedConfig._decode_special_floats  # {"__float__": "Infinity"}, which JSON lacks
     values = decode(copy.deepcopy(dict(checkpoint.config)))
@@ -143,7 +143,7 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
         raise SourceError(f"`{checkpoint.path}/config.json` is not a valid {kind} config: {error}") from error
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of `config` on the meta device, in evaluation mode.
 
     SDPA where the model has it. Private names of Transformers are used where it has no public ones.

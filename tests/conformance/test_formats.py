@@ -296,6 +296,15 @@ def test_config_is_json_and_repeats_itself(name: str) -> None:
 
 
 @FORMATS
+def test_companions_are_no_parts_of_weights(name: str) -> None:
+    fmt, given = format_of(name), facts(presets(name)[0], Weight("h.0.mlp.c_fc.weight", (256, 512)))
+    assert not fmt.companions(given)
+    for model_type in ("llama", "gpt2", "starcoder2"):
+        found = fmt.companions(replace(given, model_type=model_type))
+        assert all(fmt.base_name(tensor) is None for tensor in found)
+
+
+@FORMATS
 def test_engines_are_named(name: str) -> None:
     for scheme in presets(name):
         loads, notes = format_of(name).engines(facts(scheme, BIG))

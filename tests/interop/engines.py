@@ -183,6 +183,8 @@ def _write_decoded(folder: Path, format_name: str, stored: torch.dtype, out: Pat
         if (base := reader.base_name(name)) is not None:
             packed.setdefault(base, {base} & checkpoint.tensors.keys()).add(name)
     inside = {name for parts in packed.values() for name in parts}
+    # divisors of one, which only readers of AWQ have a place for
+    inside |= {name for name in checkpoint.tensors if name.endswith(".act.scales")}
     tensors = {name: checkpoint.read(name).float() for name in checkpoint.tensors if name not in inside}
     for base, parts in packed.items():
         linear = reader.decode(base, {name: checkpoint.read(name) for name in parts}, quantization)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from quantkit import Rule
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats import awq
+from quantkit.formats.awq import activations
 from quantkit.run.report import Report
 from quantkit.tensors import dequantize
 from tests.interop.conftest import WIDE
@@ -29,7 +30,7 @@ from tests.interop.engines import Source, engine_warnings, load, logits, make, m
 
 pytestmark = [
     pytest.mark.interop,
-    pytest.mark.skipif(find_spec("gptqmodel") is None, reason="needs quantkit[gptq]"),
+    pytest.mark.skipif(find_spec("gptqmodel") is None, reason="needs quantkit[awq]"),
     # gptqmodel leaves temporary folders to the collector
     pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
 ]
@@ -129,6 +130,15 @@ def test_perplexity_is_what_the_report_says(name: str, llama: Source, results: t
     assert perplexity(read(results[0] / name), llama) == pytest.approx(told.target.value, rel=1e-3)
 
 
+def test_models_that_transformers_divides_activations_of() -> None:
+    from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
+
+    theirs = {
+        model: (found["layer_before_act"], found["act"]) for model, found in AWQ_SCALES_MAPPINGS.items()
+    }
+    assert theirs == activations.DIVIDED
+
+
 def check(made: Source, out: Path, rules: Sequence[Rule] = ()) -> PreTrainedModel:
     """Convert; the engine must load it, as quantkit says, and compute our weights."""
     folder, engines = make(made, out, f"{FORMAT}:w4g32_asym", rules)
@@ -176,7 +186,7 @@ def test_bfloat16_source(source: Make, tmp_path: Path) -> None:
     check(source("llama", torch.bfloat16, **WIDE), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2", "starcoder2"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
 def test_what_transformers_does_not_read_is_announced(family: str, source: Make, tmp_path: Path) -> None:
     """The day it learns to read one of these, this fails and the announcement can go."""
     made = source(family)
@@ -186,16 +196,8 @@ def test_what_transformers_does_not_read_is_announced(family: str, source: Make,
         measure(read(folder), folder, FORMAT, made, stored=torch.float16).check(TOLERANCE)
 
 
-def test_divisors_of_one_are_all_that_gelu_models_miss(source: Make, tmp_path: Path) -> None:
-    made = source("starcoder2")
-    folder, _ = make(made, tmp_path, f"{FORMAT}:w4g32_asym")
-    (file,) = folder.glob("*.safetensors")
-    ones = {f"model.layers.{n}.mlp.act.scales": torch.ones(96) for n in range(2)}
-    save_file({**load_file(file), **ones}, file, {"format": "pt"})
-    model = read(folder)
-    plain = folder.with_name("plain")
-    shutil.copytree(folder, plain)
-    save_file(
-        {k: t for k, t in load_file(file).items() if k not in ones}, plain / file.name, {"format": "pt"}
-    )
-    measure(model, plain, FORMAT, made, stored=torch.float16).check(TOLERANCE)
+@pytest.mark.parametrize("rules", [(), [Rule("*.c_fc", keep=True, blocks="0")]], ids=["", "one kept"])
+def test_models_whose_activations_are_divided(rules: Sequence[Rule], source: Make, tmp_path: Path) -> None:
+    model = check(source("starcoder2"), tmp_path, rules)
+    divided = [module for module in model.modules() if type(module).__name__ == "ScaledActivation"]
+    assert len(divided) == 2 and all(bool((module.scales == 1).all()) for module in divided)

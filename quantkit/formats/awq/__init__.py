@@ -4,9 +4,10 @@ A linear X with weight (out, in) and G groups becomes
     X.qweight  int32 (in, out/8)   codes 0 … 15, eight outputs to a word
     X.qzeros   int32 (G, out/8)    zero points 0 … 15, packed likewise
     X.scales   float16 (G, out)
-The factors by which AWQ scales inputs are no part of the file: they are folded into weights before. Symmetric
-codes are stored beside zero points of 8, because no layout without zero points is agreed on. The layouts
-gemv, gemv_fast and llm-awq are read and never written.
+and, for some models, `<mlp>.act.scales`, see `activations`. The factors by which AWQ scales inputs are no
+part of the file: they are folded into weights before. Symmetric codes are stored beside zero points of 8,
+because no layout without zero points is agreed on. The layouts gemv, gemv_fast and llm-awq are read and never
+written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
+from quantkit.formats.awq.activations import ACTIVATIONS, divisors
 from quantkit.formats.awq.engines import engines_of, kept_modules, scheme_of
 from quantkit.formats.awq.layouts import BITS, MIDDLE, PER_WORD, pack_gemm, read, size_of, version_of
 from quantkit.model.graph import Weight
@@ -37,8 +39,6 @@ parse = parse_scheme
 
 _GROUPS = (16, 32, 64, 128, None)
 _PARTS = ("qweight", "qzeros", "scaled_zeros", "scales")
-# modules whose `scales` divide an activation
-_ACTIVATIONS = ("act", "gelu_impl")
 
 
 def default_method(_: Scheme) -> str:
@@ -114,9 +114,12 @@ class Awq:
             f"{base}.scales": scale.T.contiguous(),
         }
 
+    def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
+        return divisors(facts)
+
     def base_name(self, tensor: str) -> str | None:
         base, _, part = tensor.rpartition(".")
-        if part not in _PARTS or base.rpartition(".")[2] in _ACTIVATIONS:
+        if part not in _PARTS or base.rpartition(".")[2] in ACTIVATIONS:
             return None
         return f"{base}.weight"
 

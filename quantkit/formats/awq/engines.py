@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantkit.model.fused import fused_sets
+from quantkit.formats.awq.activations import divisors
+from quantkit.model.fused import fusing_problem
 from quantkit.model.graph import Weight
-from quantkit.model.parallel import MOST, narrowest
+from quantkit.model.parallel import cutting_notes
 from quantkit.protocols import FormatFacts
 from quantkit.schemes import Scheme
-
-# what the activation follows in the GELU models where transformers divides it by `<mlp>.act.scales`
-_ACTIVATED = ("c_fc", "fc_in", "dense_h_to_4h")
 
 
 def engines_of(facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(engines, notes)."""
-    fusing = _fusing_problem(facts)
+    both = _fusing_problem(facts) or _divisors_problem(facts)
     problems = {
         "transformers+gptqmodel": _transformers_problem(facts),
-        "vLLM": fusing or _vllm_problem(facts),
-        "SGLang": fusing,
+        "vLLM": both or _vllm_problem(facts),
+        "SGLang": both,
     }
     loads = tuple(engine for engine, problem in problems.items() if problem is None)
     why = dict.fromkeys(problem for problem in problems.values() if problem is not None)
@@ -64,33 +62,24 @@ def _transformers_problem(facts: FormatFacts) -> str | None:
         return "transformers 5 fills AWQ experts with random weights; use compressed_tensors there"
     if any(w.part is not None and w.part.transposed for w in weights):
         return "transformers 5 looks for AWQ weights in nn.Linear only, not in Conv1D layers (GPT-2)"
-    scaled = next((a.weight.module for a in facts.assigned if _activated(a.weight)), None)
-    if scaled is not None:
-        return (
-            f"transformers divides what follows `{scaled}` by `act.scales` in AWQ files of GELU models, and "
-            "this file has none; use compressed_tensors there"
-        )
     return None
 
 
-def _activated(weight: Weight) -> bool:
-    parent, _, own = weight.module.rpartition(".")
-    return own in _ACTIVATED or (own == "up_proj" and parent.endswith(".ffn"))
+def _divisors_problem(facts: FormatFacts) -> str | None:
+    name = next(iter(divisors(facts)), None)
+    if name is None:
+        return None
+    return (
+        f"vLLM and SGLang have no place for `{name}`, by which transformers divides activations of "
+        f"{facts.model_type}; use compressed_tensors there"
+    )
 
 
 def _fusing_problem(facts: FormatFacts) -> str | None:
     """What keeps vLLM and SGLang from putting weights side by side."""
-    chosen = {w.key for w in _quantized(facts)}
-    dense = [a.weight for a in facts.assigned if _experts(a.weight) is None]
-    if any(len({w.key in chosen for w in members}) > 1 for members in fused_sets(dense)):
-        return "vLLM and SGLang fuse q, k, v and gate, up, which must all be quantized or all be kept"
-    experts: dict[str, set[bool]] = {}
-    for a in facts.assigned:
-        if holder := _experts(a.weight):
-            experts.setdefault(holder, set()).add(a.scheme is not None)
-    if any(len(found) > 1 for found in experts.values()):
-        return "vLLM and SGLang fuse experts, which must all be quantized or all be kept"
-    if {True} in experts.values() and scheme_of(facts).group_size in (16, None):
+    if (problem := fusing_problem((a.weight, a.scheme) for a in facts.assigned)) is not None:
+        return problem
+    if any(map(_experts, _quantized(facts))) and scheme_of(facts).group_size in (16, None):
         return "vLLM and SGLang run AWQ experts in groups of 32, 64 or 128 only"
     return None
 
@@ -113,7 +102,5 @@ def _advice(facts: FormatFacts, loads: tuple[str, ...]) -> Iterator[str]:
     narrow = next((w for w in weights if w.shape[1] % 32), None)
     if "vLLM" in loads and narrow is not None:
         yield f"vLLM on a CPU takes inputs in multiples of 32, and `{narrow.module}` has {narrow.shape[1]:,}"
-    most, least = narrowest((w, scheme.group_size or w.shape[1]) for w in weights)
-    if least is not None:
-        many = f"{most} of {MOST} GPUs" if most > 1 else "one GPU"
-        yield f"vLLM and SGLang cannot cut the groups of `{least.module}` further: they run on {many} at most"
+    # here engines cut no whole row either, which is one group
+    yield from cutting_notes(loads, ((w, scheme.group_size or w.shape[1]) for w in weights))

@@ -24,6 +24,7 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
 from quantkit.formats.bitsandbytes import int8, tables
+from quantkit.model.fused import fusing_problem
 from quantkit.model.graph import Weight
 from quantkit.numerics.stored import NESTED_GROUP
 from quantkit.protocols import FormatFacts
@@ -127,6 +128,9 @@ class Bitsandbytes:
         base = linear.name.removesuffix(".weight")
         return {f"{base}.{part}": tensor for part, tensor in tensors.items()}
 
+    def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
+        return {}
+
     def base_name(self, tensor: str) -> str | None:
         for part in _PARTS:
             if tensor.endswith(f".{part}"):
@@ -187,6 +191,8 @@ class Bitsandbytes:
         ]
         if any(".experts." in a.weight.name for a in facts.assigned):
             notes.append("experts stay in 16 bits, which are most weights of such a model")
+        elif (problem := fusing_problem((a.weight, a.scheme) for a in facts.assigned)) is not None:
+            notes.append(problem)
         else:
             loads.append("SGLang")
         quantized = [(a.scheme, a.weight) for a in facts.assigned if a.scheme is not None]

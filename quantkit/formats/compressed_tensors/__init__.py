@@ -114,6 +114,9 @@ class CompressedTensors:
         base = linear.name.removesuffix(".weight")
         return {f"{base}.{part}": tensor for part, tensor in tensors.items()}
 
+    def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
+        return {}
+
     def base_name(self, tensor: str) -> str | None:
         base, _, part = tensor.rpartition(".")
         return f"{base}.weight" if part in PARTS else None

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantkit.formats.compressed_tensors.layouts import layout_of, static_inputs
+from quantkit.model.fused import fusing_problem
+from quantkit.model.parallel import MARLIN_GROUPS, cutting_notes, marlin_problem
 from quantkit.protocols import FormatFacts
 from quantkit.schemes import Scheme
 
-_FUSED = (("q", "k", "v"), ("gate", "up"))
 _E2M1 = ("mxfp4", "nvfp4")
 
 
@@ -53,7 +54,7 @@ def engines_of(facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         notes.append(problem)
     if (problem := _vllm_problem(facts, schemes)) is None:
         loads.append("vLLM")
-        if (problem := _sglang_problem(schemes)) is None:
+        if (problem := _sglang_problem(facts, schemes)) is None:
             loads.append("SGLang")
     if problem is not None:
         notes.append(problem)
@@ -93,8 +94,8 @@ def _vllm_problem(facts: FormatFacts, schemes: _Schemes) -> str | None:
         return "vLLM reads 8-bit weight-only files packed only: w8g128 loads there"
     if facts.kv_cache == "int8":
         return "vLLM and SGLang hold key-value caches in fp8, not int8"
-    if _fused_unlike(facts):
-        return "vLLM and SGLang fuse q, k, v and gate, up, which must have one scheme, or all be kept"
+    if (problem := fusing_problem((a.weight, a.scheme) for a in facts.assigned)) is not None:
+        return problem
     # of fused weights all but the last start the next one in a block of its own
     blocks = (a.weight for a in facts.assigned if a.scheme is not None and a.scheme.tile is not None)
     for weight in blocks:
@@ -104,17 +105,6 @@ def _vllm_problem(facts: FormatFacts, schemes: _Schemes) -> str | None:
         if scheme is not None and not _vllm_fuses(scheme):
             return f"vLLM and SGLang do not run experts as {scheme.name}: use fp8a8, w8a8 or packed integers"
     return None
-
-
-def _fused_unlike(facts: FormatFacts) -> bool:
-    """Weights that engines fuse into one have different schemes."""
-    found: dict[tuple[str, tuple[str, ...]], set[Scheme | None]] = {}
-    for a in facts.assigned:
-        parent = a.weight.name.removesuffix(".weight").rpartition(".")[0]
-        for roles in _FUSED:
-            if a.weight.role in roles:
-                found.setdefault((parent, roles), set()).add(a.scheme)
-    return any(len(schemes) > 1 for schemes in found.values())
 
 
 def _vllm_fuses(scheme: Scheme) -> bool:
@@ -127,7 +117,7 @@ def _vllm_fuses(scheme: Scheme) -> bool:
     return scheme.per_tensor != inputs.dynamic and (inputs.dynamic or scheme.numbers == "fp8")
 
 
-def _sglang_problem(schemes: _Schemes) -> str | None:
+def _sglang_problem(facts: FormatFacts, schemes: _Schemes) -> str | None:
     if any(s.bits not in (4, 8) or not s.sym for s in schemes.groups):
         return "SGLang reads integers of 4 and 8 bits, symmetric, only"
     if any(s.tile is not None and s.activations is None for s in schemes.groups):
@@ -136,7 +126,10 @@ def _sglang_problem(schemes: _Schemes) -> str | None:
         s is not None and s.numbers == "nvfp4" for s in schemes.experts
     ):
         return "SGLang reads neither mxfp4 weights nor nvfp4 experts whose inputs are not rounded"
-    return None
+    packed = [s for s in schemes.groups if layout_of(s) == "pack-quantized"]
+    if any(s.group_size not in MARLIN_GROUPS for s in packed):
+        return "SGLang reads packed integers in groups of 32, 64, 128 or a whole row"
+    return marlin_problem(a.weight for a in facts.assigned if a.scheme in packed)
 
 
 def _advice(facts: FormatFacts, schemes: _Schemes, loads: list[str]) -> Iterator[str]:
@@ -164,3 +157,5 @@ def _advice(facts: FormatFacts, schemes: _Schemes, loads: list[str]) -> Iterator
             yield "vLLM uses the key-value scales with --kv-cache-dtype fp8"
     if any(s.bits in (3, 5, 6, 7) for s in groups):
         yield "3, 5, 6 and 7 bits need compressed-tensors 0.18 or newer"
+    used = ((a.weight, a.scheme) for a in facts.assigned if a.scheme is not None)
+    yield from cutting_notes(loads, ((weight, s.tile or s.group_size) for weight, s in used))

@@ -383,7 +383,7 @@ def test_engines() -> None:
 def test_engines_that_fuse_weights_want_them_alike(kept: str) -> None:
     loads, notes = FORMAT.engines(facts(keep=kept))
     assert loads == ("transformers+gptqmodel",)
-    assert len(notes) == 1 and "fuse q, k, v and gate, up" in notes[0]
+    assert len(notes) == 1 and "fuse `model.layers" in notes[0] and f"{kept}`" in notes[0]
     assert FORMAT.engines(facts(keep="layers.1.mlp"))[0] == ALL
 
 
@@ -392,17 +392,39 @@ def test_engines_of_experts() -> None:
     assert loads == ("vLLM", "SGLang") and any("random" in note for note in notes)
     assert FORMAT.engines(facts(keep=".experts.", more=experts())) == (ALL, ())
     loads, notes = FORMAT.engines(facts(keep="experts.1.", more=experts()))
-    assert loads == () and any("fuse experts" in note for note in notes)
+    assert loads == () and any("fuse the experts of `model.layers.0.mlp`" in note for note in notes)
     loads, notes = FORMAT.engines(facts(Scheme(4, sym=False), more=experts()))
     assert loads == () and any("32, 64 or 128" in note for note in notes)
 
 
 @pytest.mark.parametrize(
-    "name", ["h.0.mlp.c_fc", "h.0.mlp.fc_in", "h.0.mlp.dense_h_to_4h", "transformer.blocks.0.ffn.up_proj"]
+    ("model_type", "before", "divisor"),
+    [
+        ("bloom", "h.0.mlp.dense_h_to_4h", "h.0.mlp.gelu_impl.scales"),
+        ("falcon", "transformer.h.0.mlp.dense_h_to_4h", "transformer.h.0.mlp.act.scales"),
+        ("gpt_bigcode", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.act.scales"),
+        ("gpt_neox", "gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.0.mlp.act.scales"),
+        ("gptj", "transformer.h.0.mlp.fc_in", "transformer.h.0.mlp.act.scales"),
+        ("mpt", "transformer.blocks.0.ffn.up_proj", "transformer.blocks.0.ffn.act.scales"),
+        ("starcoder2", "model.layers.0.mlp.c_fc", "model.layers.0.mlp.act.scales"),
+    ],
 )
-def test_transformers_divides_activations_of_gelu_models(name: str) -> None:
-    loads, notes = FORMAT.engines(facts(more=[Weight(f"{name}.weight", (64, 64))]))
-    assert loads == ("vLLM", "SGLang") and any(name in note and "act.scales" in note for note in notes)
+def test_transformers_divides_activations_of_some_models(model_type: str, before: str, divisor: str) -> None:
+    first = Assigned(Weight(f"{before}.weight", (96, 64)), ASYM)
+    for assigned in (first, replace(first, scheme=None)):
+        given = replace(facts(model_type=model_type), assigned=(assigned,))
+        ((name, ones),) = FORMAT.companions(given).items()
+        assert name == divisor and torch.equal(ones, torch.ones(96)) and FORMAT.base_name(name) is None
+        loads, notes = FORMAT.engines(given)
+        assert loads == ("transformers+gptqmodel",)
+        assert any(name in note and model_type in note for note in notes)
+
+
+def test_no_other_model_has_divisors() -> None:
+    named_alike = [Weight("h.0.mlp.c_fc.weight", (64, 64))]
+    for model_type in ("llama", "gpt2", ""):
+        given = facts(more=named_alike, model_type=model_type)
+        assert FORMAT.companions(given) == {} and FORMAT.engines(given)[0] == ALL
 
 
 def test_weights_of_conv1d_are_not_for_transformers() -> None:
@@ -418,12 +440,10 @@ def test_narrow_weights_are_announced() -> None:
 
 
 def test_groups_that_cannot_be_cut_are_announced() -> None:
-    odd = Weight("odd.weight", (64, 128 * 6), "down")
+    odd = Weight("odd.weight", (2**21, 128 * 6), "down")
     _, notes = FORMAT.engines(facts(Scheme(4, 128, sym=False), more=[odd]))
-    assert notes == (
-        "vLLM and SGLang cannot cut the groups of `odd` further: they run on 2 of 8 GPUs at most",
-    )
-    _, notes = FORMAT.engines(facts(Scheme(4, sym=False)))
+    assert notes == ("vLLM and SGLang cannot cut the groups of `odd` further: 2 of 8 GPUs at most",)
+    _, notes = FORMAT.engines(facts(Scheme(4, sym=False), more=[odd]))
     assert any("one GPU" in note for note in notes)
 
 

@@ -93,7 +93,8 @@ def test_caches() -> None:
 @pytest.mark.parametrize("changes", [{"k_proj": "w8g128"}, {"v_proj": None}, {"gate_proj": "w4g64"}])
 def test_what_vllm_fuses_has_one_scheme(changes: dict[str, str | None]) -> None:
     loads, notes = told("w4g128", changes)
-    assert loads == ("transformers",) and "fuse q, k, v" in notes
+    (changed,) = changes
+    assert loads == ("transformers",) and f"{changed}`" in notes and "give them one scheme" in notes
 
 
 @pytest.mark.parametrize("changes", [{"self_attn": "w8g128"}, {"mlp": None}, {"o_proj": "w3g64"}])
@@ -108,6 +109,28 @@ def test_blocks_do_not_cross_fused_weights() -> None:
     # v and up are the last of theirs
     parts = tuple((name, role) for name, role in DENSE if role in ("v", "up", "o", "down"))
     assert told("fp8a8_block", parts=parts, shape=(192, 256))[0] == ALL
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (256, 192)])
+def test_sglang_takes_whole_tiles(shape: tuple[int, int]) -> None:
+    loads, notes = told("w4g32", shape=shape, parts=(("self_attn.o_proj", "o"),))
+    assert loads == ("transformers", "vLLM") and "SGLang's kernel takes" in notes
+    assert told("fp8", shape=shape, parts=(("self_attn.o_proj", "o"),)) == (ALL, "")
+
+
+def test_sglang_takes_the_groups_of_its_kernel() -> None:
+    loads, notes = told("w4g256")
+    assert loads == ("transformers", "vLLM") and "groups of 32, 64, 128" in notes
+
+
+@pytest.mark.parametrize("name", ["w4g128", "fp8a8_block", "nvfp4"])
+def test_groups_that_cannot_be_cut_are_announced(name: str) -> None:
+    width = 7 * 128 if name != "nvfp4" else 7 * 16
+    _, notes = told(name, shape=(2**21, width), parts=(("mlp.down_proj", "down"),))
+    assert ("cannot cut the groups of `model.layers.0.mlp.down_proj` further: one GPU" in notes) == (
+        name != "nvfp4"
+    )
+    assert "cannot cut" not in told("w4", shape=(2**21, width), parts=(("mlp.down_proj", "down"),))[1]
 
 
 def test_asymmetric_weights_need_one_scheme_in_transformers() -> None:
@@ -157,6 +180,6 @@ def test_experts_share_one_scheme() -> None:
 def test_stacked_experts_that_are_kept_are_no_linears() -> None:
     stacked = Weight("model.layers.0.mlp.experts.down_proj", (64, 64), "down", Part(expert=0))
     dense = Weight("model.layers.0.self_attn.o_proj.weight", (64, 64), "o")
-    scheme = parse("w4g32")
+    scheme = parse("fp8")
     facts = FormatFacts((Assigned(stacked, None), Assigned(dense, scheme)), scheme, (), False, "rtn", "1.2.3")
     assert FORMAT.engines(facts) == (ALL, ())

@@ -237,18 +237,63 @@ def test_transposed_weights_are_stored_like_any_other() -> None:
     assert FORMAT.accepts(Scheme(4), Weight("x.weight", (64, 64), "qkv", Part(transposed=True))) is None
 
 
-def test_engines() -> None:
-    loads, notes = FORMAT.engines(facts(Scheme(4, 128), {}))
-    assert set(loads) >= {"gptqmodel", "vLLM", "SGLang", "ExLlamaV2", "transformers+gptqmodel"}
-    assert notes == ()
-    loads, notes = FORMAT.engines(facts(Scheme(4, 128, sym=False), {}))
-    assert "vLLM" not in loads and any("symmetric" in note for note in notes)
-    loads, notes = FORMAT.engines(facts(Scheme(3, 128), {}))
-    assert not {"vLLM", "ExLlamaV2"} & set(loads) and notes
-    loads, notes = FORMAT.engines(facts(Scheme(4, 128), {}, act_order=True))
-    assert "vLLM" not in loads and any("act_order" in note for note in notes)
-    loads, notes = FORMAT.engines(facts(Scheme(4, 16), {}))
-    assert "vLLM" not in loads and any("32, 64, 128" in note for note in notes)
+EVERY = ("transformers+gptqmodel", "gptqmodel", "vLLM", "SGLang", "ExLlamaV2")
+
+
+def told(
+    scheme: Scheme, changes: dict[str, Scheme | None] | None = None, act_order: bool = False, **parts: Any
+) -> tuple[tuple[str, ...], str]:
+    """(engines, notes in one line) of one block that is `scheme` but for `changes`."""
+    shapes = parts or {"q_proj": (192, 256), "k_proj": (64, 256), "o_proj": (256, 192 * 4)}
+    assigned = []
+    for name, shape in shapes.items():
+        found = Weight(f"model.layers.0.{name}.weight", shape, name.removesuffix("_proj"))  # type: ignore[arg-type]
+        assigned.append(Assigned(found, (changes or {}).get(name, scheme)))
+    loads, notes = FORMAT.engines(replace(facts(scheme, {}, act_order), assigned=tuple(assigned)))
+    return loads, "; ".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "missing", "why"),
+    [
+        (Scheme(4, 128), set(), ""),
+        (Scheme(4), set(), ""),
+        (Scheme(8, 32), {"ExLlamaV2"}, "4 bits only"),
+        (Scheme(4, 128, sym=False), {"vLLM", "SGLang"}, "symmetric, only"),
+        (Scheme(3, 128), {"vLLM", "SGLang", "ExLlamaV2"}, "4 and 8 bits"),
+        (Scheme(4, 16), {"vLLM", "SGLang", "ExLlamaV2"}, "32, 64, 128"),
+        (Scheme(4, 48), set(EVERY), "powers of two"),
+    ],
+)
+def test_engines(scheme: Scheme, missing: set[str], why: str) -> None:
+    loads, notes = told(scheme)
+    assert set(EVERY) - set(loads) == missing and why in notes and bool(why) == bool(notes)
+
+
+def test_engines_of_act_order() -> None:
+    loads, notes = told(Scheme(4, 128), act_order=True)
+    assert set(EVERY) - set(loads) == {"vLLM"} and "act_order" in notes
+
+
+def test_engines_that_fuse_weights_want_them_alike() -> None:
+    for other in (None, Scheme(8, 128), Scheme(4, 64)):
+        loads, notes = told(Scheme(4, 128), {"k_proj": other})
+        assert not {"vLLM", "SGLang"} & set(loads)
+        assert "fuse `model.layers.0.q_proj`, `model.layers.0.k_proj`: give them one scheme" in notes
+        assert {"vLLM", "SGLang"} <= set(told(Scheme(4, 128), {"o_proj": other})[0])
+
+
+def test_engines_of_odd_shapes() -> None:
+    loads, notes = told(Scheme(4, 32), o_proj=(96, 256))
+    assert set(EVERY) - set(loads) == {"SGLang"} and "multiples of 64 and inputs of 128" in notes
+    assert "`model.layers.0.o_proj` is 96 × 256" in notes
+
+
+def test_groups_that_cannot_be_cut_are_announced() -> None:
+    large = (2**21, 128 * 6)
+    assert "`model.layers.0.o_proj` further: 2 of 8 GPUs" in told(Scheme(4, 128), o_proj=large)[1]
+    # scales of whole rows are on every GPU
+    assert told(Scheme(4), o_proj=large)[1] == ""
 
 
 def test_engines_of_mixed_files_leave_out_transformers() -> None:

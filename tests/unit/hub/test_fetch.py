@@ -37,7 +37,7 @@ def repo(tmp_path: Path) -> Path:
         save_file({name: torch.full((9,), float(i))}, path / f"model-0000{i}-of-00002.safetensors")
     weight_map = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", start=1)}
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    for name in ("config.json", "tokenizer.json", "LICENSE", "README.md"):
+    for name in ("config.json", "quantize_config.json", "tokenizer.json", "LICENSE", "README.md"):
         (path / name).write_text("{}")
     for name in (
         "pytorch_model.bin",
@@ -100,6 +100,7 @@ def test_download(hub: HubServer, cache: Path) -> None:
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
+        "quantize_config.json",
         "tokenizer.json",
     ]
     assert torch.equal(Checkpoint.open(source.path).read("b"), torch.full((9,), 2.0))

@@ -135,13 +135,6 @@ def test_rules_that_match_nothing_name_what_is_close() -> None:
     assert resolved("gptq:w4g32", rules=[Rule("lm_head", keep=True)]).blockers == ()
 
 
-def test_engines_fuse_what_must_agree() -> None:
-    found = resolved("ct:w4g32", rules=[Rule("*.q_proj", keep=True), Rule("*.down_proj", bits=8)])
-    assert found.blockers == ()
-    assert len(found.warnings) == 3
-    assert all("self_attn.q_proj" in w and "differ in scheme" in w for w in found.warnings)
-
-
 NOTHING, SQUARES, ABSMAX, GRAM = Need.NOTHING, Need.SQUARES, Need.ABSMAX, Need.GRAM
 
 

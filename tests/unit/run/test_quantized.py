@@ -131,7 +131,26 @@ def test_old_awq_names(tmp_path: Path) -> None:
     stated = find_config(tmp_path, {})
     assert stated is not None
     name, config = read_config(stated)
-    assert (name, config["bits"], config["group_size"], config["version"]) == ("awq", 4, 64, "gemm")
+    assert (name, config["bits"], config["q_group_size"], config["version"]) == ("awq", 4, 64, "gemm")
+
+
+@pytest.mark.parametrize(
+    ("stated", "columns"),
+    [({}, 128), ({"q_group_size": 64}, 64), ({"group_size": 64}, 64), ({"group_size": -1}, 256)],
+)
+def test_awq_groups_of_128_need_no_mention(tmp_path: Path, stated: dict[str, int], columns: int) -> None:
+    """transformers takes 128 where the config is silent; only the layouts that pad have to be told."""
+    out, width = 32, 256
+    padded = 2 if columns == 64 else 1
+    tensors = {
+        "qweight": torch.zeros(out, width // 8, dtype=torch.int32),
+        "qzeros": torch.zeros(out, padded, dtype=torch.int32),
+        "scales": torch.ones(out, 8 * padded, dtype=torch.float16),
+    }
+    named = {KEY.replace("weight", part): tensor for part, tensor in tensors.items()}
+    config = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemv", **stated}
+    found = open_quantized(saved(tmp_path, named, config))
+    assert found is not None and found.linear(KEY).weight.group == (1, columns)
 
 
 @pytest.mark.parametrize(

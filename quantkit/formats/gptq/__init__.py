@@ -22,6 +22,7 @@ from torch import Tensor
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
+from quantkit.formats.gptq.engines import engines_of
 from quantkit.model.graph import Weight
 from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
 from quantkit.protocols import Assigned, FormatFacts
@@ -110,6 +111,9 @@ class Gptq:
             f"{base}.g_idx": column_group.to(torch.int32),
         }
 
+    def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
+        return {}
+
     def base_name(self, tensor: str) -> str | None:
         base, _, part = tensor.rpartition(".")
         return f"{base}.weight" if part in _PARTS else None
@@ -185,36 +189,7 @@ class Gptq:
         return {"quantize_config.json": config}
 
     def engines(self, facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        s = facts.default
-        loads = ["transformers+gptqmodel", "gptqmodel"]
-        notes = []
-        experts = any(".experts." in a.weight.name for a in facts.assigned if a.scheme)
-        if experts:
-            loads.remove("transformers+gptqmodel")
-            notes.append(
-                "transformers 5 fills GPTQ experts with random weights; use compressed_tensors there"
-            )
-        elif any(a.weight.part is not None and a.weight.part.transposed for a in facts.assigned if a.scheme):
-            loads.remove("transformers+gptqmodel")
-            notes.append(
-                "transformers 5 stops at GPTQ weights in Conv1D layers (GPT-2); gptqmodel reads them"
-            )
-        if not s.sym or s.bits not in (4, 8):
-            notes.append("vLLM and SGLang read 4 and 8 bits, symmetric, only")
-        elif facts.act_order:
-            loads.append("SGLang")
-            notes.append("vLLM no longer reads act_order free (desc_act with groups)")
-        elif s.group_size in (None, 32, 64, 128):
-            loads += ["vLLM", "SGLang"]
-        else:
-            notes.append("vLLM and SGLang read groups of 32, 64, 128 or a whole row")
-        if s.bits == 4:
-            loads.append("ExLlamaV2")
-        schemes = {(a.scheme.bits, a.scheme.group_size) for a in facts.assigned if a.scheme}
-        if len(schemes) > 1:
-            loads = [e for e in loads if e != "transformers+gptqmodel"]
-            notes.append("transformers ignores per-weight bits and group sizes; gptqmodel and vLLM read them")
-        return tuple(loads), tuple(notes)
+        return engines_of(facts)
 
 
 FORMAT = Gptq()
