@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantkit.checkpoint.strict_json import parse_object
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, UnsupportedError
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -94,7 +94,10 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint folder; SourceError when it is missing or malformed."""
+    """The parsed config.json of a checkpoint folder.
+
+    SourceError when it is missing or malformed, UnsupportedError for a folder with a GGUF file instead.
+    """
     file = folder / CONFIG
     if file.is_file():
         return read_json(file)
@@ -102,7 +105,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(
             f"`{folder}` is an adapter, not a model", remedy="merge it into its base model first"
         )
+    if holds_gguf(folder):
+        raise UnsupportedError(
+            f"`{folder}` holds a GGUF file, which quantkit writes and does not read",
+            remedy="give the folder that it was made from",
+        )
     raise SourceError(f"`{folder}` has no {CONFIG}", remedy="copy it from where the weights came from")
+
+
+def holds_gguf(folder: Path) -> bool:
+    """Whether a GGUF file is there and no checkpoint around it."""
+    return not (folder / CONFIG).is_file() and any(folder.glob("*.gguf"))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def command(paths: tuple[str, ...], **flags: Any) -> None:
         raise UsageError("there is nothing to measure", remedy="give a folder or a Hub id")
     from quantkit.recipe.spec import Device, Eval, EvalText
 
-    items = eval_texts({**flags, "recipe": None, "source": None})
+    items = eval_texts(flags)
     texts = tuple(EvalText(**item) for item in items) or Eval().perplexity
     chosen = {name: flags[key] for name, key in (("map", "device"), ("dtype", "dtype")) if flags[key]}
 

@@ -10,7 +10,6 @@ import click
 from quantkit.cli.help import Command
 from quantkit.cli.options import option
 from quantkit.cli.output import Output, common_options
-from quantkit.errors import SourceError
 
 _EXAMPLES = (
     "quantkit export out/gptq-w4g128 --to awq",
@@ -51,8 +50,6 @@ def command(folder: Path, **flags: Any) -> None:
     The result is read back and compared with FOLDER bit for bit.
     """
     output = Output.from_flags(flags)
-    if not folder.exists():
-        raise SourceError(f"`{folder}` does not exist", remedy="give the folder of a quantized model")
 
     from quantkit.cli.progress import choose
     from quantkit.run.repack import repack

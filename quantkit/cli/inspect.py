@@ -9,7 +9,6 @@ import click
 
 from quantkit.cli.help import Command
 from quantkit.cli.output import Output, common_options
-from quantkit.errors import SourceError
 
 
 @click.command(
@@ -20,8 +19,6 @@ from quantkit.errors import SourceError
 def command(folder: Path, **flags: Any) -> None:
     """Show what a model FOLDER holds: architecture, dtypes, quantization."""
     output = Output.from_flags(flags)
-    if not folder.exists():
-        raise SourceError(f"`{folder}` does not exist", remedy="give the folder of a model")
 
     from quantkit.run.inspect import inspect
 

@@ -142,7 +142,7 @@ def build_recipe(flags: Mapping[str, Any]) -> Recipe:
     from quantkit.recipe.load import load_recipe, recipe_from_flags
 
     path = _recipe_path(flags)
-    overrides = _overrides(flags)
+    overrides = _overrides(flags, path)
     if path is not None:
         return load_recipe(path, env=os.environ, overrides=overrides)
     given = {override.path.partition("[")[0] for override in overrides}
@@ -167,8 +167,8 @@ def _recipe_path(flags: Mapping[str, Any]) -> Path | None:
     return path
 
 
-def _overrides(flags: Mapping[str, Any]) -> list[Override]:
-    """The flags as changes to recipe keys, `--set` last."""
+def _overrides(flags: Mapping[str, Any], path: Path | None) -> list[Override]:
+    """The flags as changes to the keys of the recipe at `path`, or of a new one, `--set` last."""
     from quantkit.recipe.overrides import assignment, flag
 
     found = []
@@ -185,7 +185,7 @@ def _overrides(flags: Mapping[str, Any]) -> list[Override]:
         found.append(flag(f"calibration.{key}", flags["calib"], "--calib"))
     if flags["rule"]:
         found.append(flag("rules", [_rule(text) for text in flags["rule"]], "--rule", prepend=True))
-    texts = eval_texts(flags)
+    texts = eval_texts(flags, given=path is not None)
     if texts:
         found.append(flag("eval.perplexity", texts, "--eval"))
     if flags["no_eval"]:
@@ -205,16 +205,19 @@ def _rule(text: str) -> dict[str, Any]:
     return {"match": match, "keep": True} if what == "keep" else {"match": match, "scheme": what}
 
 
-def eval_texts(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The items of `eval.perplexity` that the flags describe; none when no flag does."""
+def eval_texts(flags: Mapping[str, Any], *, given: bool = False) -> list[dict[str, Any]]:
+    """The items of `eval.perplexity` that the flags describe; none when no flag does.
+
+    given  a recipe names texts of its own, which a style alone does not replace
+    """
     styled = flags["eval_style"] is not None or flags["eval_chunks"] is not None
-    if not flags["evals"] and styled and _recipe_path(flags) is not None:
+    if not flags["evals"] and styled and given:
         raise UsageError("--eval-style and --eval-chunks need --eval when there is a recipe")
     names = flags["evals"] or (["wikitext2"] if styled else [])
     style, _, context = (flags["eval_style"] or "llamacpp").partition("-")
-    if context and not context.isdigit():
+    if style not in STYLES or (context and not context.isdigit()):
         raise UsageError(f"--eval-style {flags['eval_style']}: write llamacpp-512 or gptq-2048")
-    item: dict[str, Any] = {"style": style, "context": int(context) if context else STYLES.get(style, 512)}
+    item: dict[str, Any] = {"style": style, "context": int(context) if context else STYLES[style]}
     if flags["eval_chunks"] is not None:
         item["chunks"] = flags["eval_chunks"]
     return [{"file" if is_file(name) else "data": name, **item} for name in names]

@@ -21,6 +21,11 @@ class Source:
     revision: str | None
     requested: str
 
+    @property
+    def name(self) -> str:
+        """What to call it: a repository by its id, a folder by its name, not by where it lies."""
+        return self.id or Path(self.requested).expanduser().resolve().name
+
 
 def resolve(
     source: str, *, offline: bool = False, cache_dir: Path | None = None, endpoint: str | None = None

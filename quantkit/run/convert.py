@@ -185,8 +185,7 @@ class _Run:
             "quantkit": __version__,
             "key": key,
             "source": {
-                # a local folder is named, not located: paths of one machine are nobody's business
-                "id": source.id or source.path.resolve().name,
+                "id": source.name,
                 "revision": source.revision,
                 "fingerprint": self._fingerprint,
             },
@@ -202,9 +201,9 @@ class _Run:
         checkpoint, graph = self._plan.checkpoint, self._plan.graph
         size = checkpoint.size_bytes
         bpw = size * 8 / parameters(checkpoint, graph)
-        source = self._plan.source
-        name = source.id or (source.requested if source.requested == "demo" else source.path.resolve().name)
-        report = Report(name, size, bpw, self._rows.calibration_json(), targets, self._recipe.eval.gates)
+        report = Report(
+            self._plan.source.name, size, bpw, self._rows.calibration_json(), targets, self._recipe.eval.gates
+        )
         write_text(self.out / "report.json", to_json_text(report.to_json()))
         write_text(self.out / "recipe.resolved.yaml", dump(self._recipe))
         return report

@@ -88,11 +88,14 @@ class Inspection:
         if self.manifest is None:
             return [] if self.quantization is None else self._foreign()
         m = self.manifest
-        options = ", ".join(f"{name}={value}" for name, value in m["options"].items())
-        with_ = [f"{m['method']} ({options})", *(t["name"] for t in m.get("transforms", ()))]
-        if m.get("kv_cache"):
-            with_.append(f"scales for a cache in {m['kv_cache']}")
-        notes = [f"made by quantkit {m['quantkit']} from {m['source']['id']} with {', '.join(with_)}"]
+        repacked = m.get("repacked")
+        if repacked is not None:
+            notes = [f"repacked by quantkit {m['quantkit']} from {repacked['source']}, every value the same"]
+            if m["method"] == "unknown":
+                return notes
+        else:
+            notes = [f"made by quantkit {m['quantkit']}"]
+        notes.append(f"quantized from {m['source']['id']} with {', '.join(_means(m))}")
         if m.get("calibration"):
             c = m["calibration"]
             names = ", ".join(share["name"] for share in c["sources"])
@@ -114,6 +117,15 @@ class Inspection:
         if self.unread is not None:
             notes.append(f"what is packed is shown as stored: {self.unread}")
         return notes
+
+
+def _means(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest says the codes were chosen with."""
+    options = ", ".join(f"{name}={value}" for name, value in manifest["options"].items())
+    yield f"{manifest['method']} ({options})"
+    yield from (transform["name"] for transform in manifest.get("transforms", ()))
+    if manifest.get("kv_cache"):
+        yield f"scales for a cache in {manifest['kv_cache']}"
 
 
 def inspect(path: Path) -> Inspection:

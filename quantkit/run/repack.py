@@ -15,7 +15,7 @@ from typing import Any
 
 from quantkit import __version__
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import UnsupportedError, UsageError
+from quantkit.errors import RecipeError, UnsupportedError, UsageError
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
 from quantkit.recipe.plan import key_of
@@ -80,6 +80,7 @@ class Repacked:
     def table(self) -> Table:
         p = self.proof
         notes = [
+            f"written to `{self.folder}`",
             f"lossless: {p.weights:,} weights, {p.codes:,} codes: dequantized values identical in every bit",
             f"sha256 of the values before {p.before}",
             f"sha256 of the values after  {p.after}",
@@ -146,7 +147,10 @@ def _plan(
     if wanted == GGUF:
         title = str(known.get("source", {}).get("id", view.path.resolve().name)).rpartition("/")[2]
         return GgufFile.plan(source, view, graph, block_type(preset or "q4_0"), title)
-    info = format_info(wanted)
+    try:
+        info = format_info(wanted)
+    except RecipeError as error:
+        raise RecipeError(error.message, remedy=f"{error.remedy}, {GGUF}") from None
     schemes = schemes_for(source, found, info.name, view.dtype, info.parse(preset) if preset else None)
     method, act_order = str(known.get("method", "unknown")), any(f.column_groups for f in found)
     return PackedFolder.plan(info.name, source, view, graph, schemes, method=method, act_order=act_order)

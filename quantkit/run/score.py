@@ -32,6 +32,7 @@ from quantkit.evaluate.scores import (
     quality,
     source_nll,
 )
+from quantkit.hub.fetch import Source
 from quantkit.model.build import build_graph
 from quantkit.model.runtime import Runtime
 from quantkit.recipe.sizes import format_size
@@ -139,12 +140,12 @@ def score(
         work = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-eval-")))
         first = None
         if baseline is not None:
-            first = _Model(baseline, where(baseline).path, device, work / "baseline")
+            first = _Model(where(baseline), device, work / "baseline")
             opened.enter_context(closing(first))
             first.run(evaluation_rows(texts, load_tokenizer(first.path)), progress)
         measured = []
         for number, name in enumerate(models):
-            with closing(_Model(name, where(name).path, device, work / str(number))) as model:
+            with closing(_Model(where(name), device, work / str(number))) as model:
                 model.run(_shared_windows(model, first, texts), progress)
                 measured.append(model.scored(first, progress))
         found = Scores(None if first is None else first.scored(None, progress), tuple(measured))
@@ -155,9 +156,9 @@ def score(
 class _Model:
     """A checkpoint that is run over windows of text; what it says is in `root` until it is closed."""
 
-    def __init__(self, name: str, path: Path, device: Device, root: Path) -> None:
-        self.name, self.path = name, path
-        stored = Checkpoint.open(path)
+    def __init__(self, source: Source, device: Device, root: Path) -> None:
+        self.name, self.path = source.name, source.path
+        stored = Checkpoint.open(source.path)
         quantized = open_quantized(stored)
         self._format = "float" if quantized is None else quantized.format_name
         self._runs = Runs() if quantized is None else runs_of(quantized)
@@ -210,7 +211,7 @@ class _Model:
         scores = tuple(_score(self, first, number) for number in range(len(self.windows)))
         self.runtime.release_head()
         bits = self._size * 8 / self._parameters
-        return Scored(_shown(self), self._format, self._size, bits, scores)
+        return Scored(self.name, self._format, self._size, bits, scores)
 
 
 def _score(model: _Model, first: _Model | None, number: int) -> Score:
@@ -268,11 +269,6 @@ def _shared_windows(model: _Model, first: _Model | None, texts: Sequence[EvalTex
                 remedy="give the model it was made from as --baseline",
             )
     return first.windows
-
-
-def _shown(model: _Model) -> str:
-    """A folder by its name, a repository by its id."""
-    return model.path.resolve().name if Path(model.name).exists() else model.name
 
 
 def _row(model: Scored, score: Score) -> tuple[str, ...]:

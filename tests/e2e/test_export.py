@@ -221,11 +221,44 @@ def test_the_command(quantized: Quantized, tmp_path: Path, capsys: pytest.Captur
     assert run(["export", str(source), "--to", "awq", "-o", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "dequantized values identical in every bit" in shown and "sha256" in shown
+    assert f"written to `{out}`" in shown
     assert run(["export", str(source), "--to", "awq", "-o", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["lossless"] and document["folder"] == str(out)
     assert run(["export", str(source), "--to", "gptq:w3g32", "-o", str(tmp_path / "no")]) == 2
     assert "holds 3" in capsys.readouterr().err
+    assert run(["export", str(source), "--to", "exl9"]) == 2
+    assert "known: awq, bitsandbytes, compressed_tensors, gptq, hqq, gguf" in capsys.readouterr().err
+    assert run(["export", str(tmp_path / "mode"), "--to", "awq"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_divisors_that_readers_of_awq_want_come_and_go(quantized: Quantized, tmp_path: Path) -> None:
+    """transformers divides activations of this model by them, in AWQ files and in no others."""
+    names = {f"model.layers.{n}.mlp.act.scales" for n in range(2)}
+    start = quantized("awq:w4g32@method=rtn", "starcoder2")
+    divisors = {name: tensor for name, tensor in weights(start).items() if name in names}
+    assert divisors.keys() == names and all(torch.equal(t, torch.ones(96)) for t in divisors.values())
+    gptq = quantkit.export(start, "gptq", tmp_path / "gptq").folder
+    assert not names & weights(gptq).keys()
+    again = quantkit.export(gptq, "awq", tmp_path / "awq").folder
+    first, last = weights(start), weights(again)
+    assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
+    assert all(quantkit.verify(folder).sound for folder in (start, gptq, again))
+
+
+def test_what_a_repacked_folder_says_of_itself(quantized: Quantized, tmp_path: Path) -> None:
+    start = quantized("gptq:w4g32@method=rtn")
+    made = quantkit.export(start, "awq", tmp_path / "made")
+    notes = quantkit.inspect(made.folder).table().notes
+    assert f"from {start.name}, every value the same" in notes[0]
+    assert "quantized from tiny with rtn (" in notes[1]
+    (start.parent / "bare").mkdir()
+    for file in start.iterdir():
+        if file.name != "quantkit.json":
+            (start.parent / "bare" / file.name).write_bytes(file.read_bytes())
+    bare = quantkit.export(start.parent / "bare", "awq", tmp_path / "unknown")
+    assert len(quantkit.inspect(bare.folder).table().notes) == 1
 
 
 @pytest.mark.parametrize("name", ["autogptq", "autoawq", "autoround-auto-gptq-w4g128", "llmc-gptq-w4a16"])
@@ -316,6 +349,23 @@ def test_gguf_loads_in_transformers_with_the_same_logits(
     )
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, reference(ids).logits)
+
+
+def test_a_gguf_file_is_written_and_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    source = save_tiny("llama", tmp_path / "tiny", vocab_size=BYTE_VOCABULARY)
+    write_byte_tokenizer(source)
+    made = quantkit.export(convert(tmp_path, "gptq:w4g32@method=rtn"), "gguf:q4_0", tmp_path / "gguf")
+    with pytest.raises(UnsupportedError, match="holds a GGUF file"):
+        quantkit.inspect(made.folder)
+    found = quantkit.verify(made.folder)
+    assert found.sound and set(found.checks) == {"sums"} and "is not read" in found.notes[0]
+    file = next(made.folder.glob("*.gguf"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "its sha256 is another" in quantkit.verify(made.folder).problems[0]
+    (made.folder / "quantkit.json").unlink()
+    assert run(["verify", str(made.folder)]) == 2
+    assert "holds a GGUF file" in capsys.readouterr().err
 
 
 def test_queries_and_keys_are_put_in_the_order_of_llama_cpp(tmp_path: Path) -> None:

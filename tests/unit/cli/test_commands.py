@@ -176,7 +176,7 @@ def test_doctor(quantkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
 def test_inspect_of_nothing(quantkit: Callable[..., Any]) -> None:
     shown = quantkit("inspect", "nowhere")
     assert shown.code == 2
-    assert "`nowhere` does not exist" in shown.err
+    assert "no folder `nowhere`" in shown.err
 
 
 def test_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_environment_values_stay_out_of_print_recipe(
         (["x", "--to", "gptq", "--rule", "a=w99"], "--rule rules[0].scheme: bits must be 1 to 8, not 99"),
         (["x", "--to", "gptq", "--set", "a"], "--set a: write PATH=VALUE"),
         (["x", "--to", "gptq", "--eval-style", "gptq-x"], "--eval-style gptq-x: write"),
-        (["x", "--to", "gptq", "--eval-style", "harness"], "must be 'llamacpp' or 'gptq', not 'harness'"),
+        (["x", "--to", "gptq", "--eval-style", "harness"], "--eval-style harness: write llamacpp-512 or"),
         (["demo", "--eval-style", "gptq"], "--eval-style and --eval-chunks need --eval"),
         (["-r", "none.yaml"], "none.yaml: cannot be read"),
         (["-r", "none"], "none: cannot be read"),

@@ -423,6 +423,81 @@ def test_read_tensor_gives_what_the_file_holds(tmp_path: Path) -> None:
     assert found.dtype == torch.float16
 
 
+# --- gradients ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", *MIXTURES])
+def test_differentiable_is_replaced(family: str, saved: Saved) -> None:
+    """The same output as with the weights written into the block, and gradients at every one in use."""
+    runtime = open_runtime(saved(family))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    rng = torch.Generator().manual_seed(0)
+    new = {
+        w.key: 1.1 * block.weight(w) + 0.01 * torch.randn(w.shape, generator=rng)
+        for w in block.block.weights()
+    }
+    norm = next(n for n in block.block.kept if "norm" in n or "ln_1" in n)
+    vector = 0.9 * runtime.read_tensor(norm).float()
+    before = block.run(hidden)
+    with block.replaced(new, {norm: vector}):
+        expected = block.run(hidden)
+    leaves = {key: t.clone().requires_grad_() for key, t in {**new, norm: vector}.items()}
+    found = block.differentiable(hidden, leaves)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    found.square().sum().backward()
+    for key, leaf in leaves.items():
+        # an expert that no token chose has none
+        reached = leaf.grad is not None and bool(leaf.grad.any())
+        assert reached or "experts" in key, key
+    assert any(leaf.grad is not None and bool(leaf.grad.any()) for leaf in leaves.values())
+    assert torch.equal(block.run(hidden), before)
+
+
+def test_differentiable_by_differences(saved: Saved) -> None:
+    """A transposed weight: the gradient is the slope of the loss."""
+    runtime = open_runtime(saved("gpt2"))
+    hidden = runtime.embed(tiny_tokens()).double().float()
+    block = runtime.load(0)
+    weight = next(w for w in block.block.weights() if w.role == "up" or "c_fc" in w.name)
+    value = block.weight(weight).clone()
+    leaf = value.clone().requires_grad_()
+    block.differentiable(hidden, {weight.key: leaf}).square().sum().backward()
+    assert leaf.grad is not None
+    direction = leaf.grad / leaf.grad.norm()
+    ends = []
+    for side in (-1, 1):
+        with block.replaced({weight.key: value + side * 0.01 * direction}):
+            ends.append(block.run(hidden).double().square().sum())
+    slope = float(ends[1] - ends[0]) / 0.02
+    assert slope == pytest.approx(float(leaf.grad.norm()), rel=1e-2)
+
+
+def test_differentiable_within_replaced(saved: Saved) -> None:
+    """What `new` leaves out is what was written."""
+    runtime = open_runtime(saved("llama"))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    first, second, *_ = block.block.weights()
+    a, b = 2 * block.weight(first).clone(), 3 * block.weight(second).clone()
+    with block.replaced({first.key: a, second.key: b}):
+        expected = block.run(hidden)
+    with block.replaced({first.key: a}):
+        found = block.differentiable(hidden, {second.key: b})
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_differentiable_refuses(saved: Saved) -> None:
+    runtime = open_runtime(saved("llama"))
+    hidden = runtime.embed(tiny_tokens())
+    block = runtime.load(0)
+    weight = next(block.block.weights())
+    with pytest.raises(ValueError, match="has shape"):
+        block.differentiable(hidden, {weight.key: torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="not a tensor that block 0 keeps"):
+        block.differentiable(hidden, {"model.layers.1.self_attn.q_proj.weight": torch.zeros(64, 64)})
+
+
 # --- memory and damage --------------------------------------------------------
 
 

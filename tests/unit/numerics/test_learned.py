@@ -30,7 +30,9 @@ def scheme_of(name: str) -> Scheme:
 def moved(q: QuantizedTensor, steps: Tensor) -> QuantizedTensor:
     """Integers some steps away, as a solver with feedback leaves them."""
     assert isinstance(q, Affine)
-    low, high = (0, 2**q.bits - 1) if q.zero_point is not None else (-(2 ** (q.bits - 1)), 2 ** (q.bits - 1) - 1)
+    low, high = (
+        (0, 2**q.bits - 1) if q.zero_point is not None else (-(2 ** (q.bits - 1)), 2 ** (q.bits - 1) - 1)
+    )
     return replace(q, codes=(q.codes.int() + steps).clamp(low, high).to(q.codes.dtype))
 
 

@@ -136,6 +136,7 @@ def test_rules_that_match_nothing_name_what_is_close() -> None:
 
 
 NOTHING, SQUARES, ABSMAX, GRAM = Need.NOTHING, Need.SQUARES, Need.ABSMAX, Need.GRAM
+HELDOUT = Need.HELDOUT
 
 
 @pytest.mark.parametrize(
@@ -144,9 +145,11 @@ NOTHING, SQUARES, ABSMAX, GRAM = Need.NOTHING, Need.SQUARES, Need.ABSMAX, Need.G
         ("ct:w8", NOTHING, False),
         ("ct:fp8a8", NOTHING, False),
         ("ct:w8@scales=weighted", SQUARES, True),
-        ("gptq:w4g32", GRAM, True),
+        ("gptq:w4g32", GRAM | HELDOUT, True),
+        ("gptq:w4g32@plain=true", GRAM, True),
+        ("gptq:w4g32@corrected=0.5,feedback=true", GRAM | HELDOUT | Need.CROSS, True),
         ("ct:w8a8_static", ABSMAX, True),
-        ("ct:w8a8_static@method=gptq", ABSMAX | GRAM, True),
+        ("ct:w8a8_static@method=gptq", ABSMAX | GRAM | HELDOUT, True),
         ("ct:w8a8@transforms=smoothquant,alpha=0.5", ABSMAX, True),
         ("ct:w8a8@transforms=smoothquant", ABSMAX | Need.SAMPLE, True),
         ("bnb:int8", ABSMAX, True),
@@ -220,3 +223,16 @@ def test_whatever_changes_codes_changes_the_key() -> None:
     assert key_of(descriptions[0]) == key_of(json.loads(json.dumps(plan("ct:w8a8@name=other").describe())))
     ruled = plan("ct:w8a8", Rule("*.o_proj", keep=True)).describe()
     assert key_of(ruled) != key_of(descriptions[0])
+
+
+def test_a_correction_needs_the_stream_of_the_target() -> None:
+    blocked = resolved("gptq:w4g32@corrected=0.5").blockers
+    assert any("set feedback to true" in blocker for blocker in blocked)
+    target = plan("gptq:w4g32@corrected=0.5,feedback=true")
+    assert target.wants_reference and not plan("gptq:w4g32@feedback=true").wants_reference
+
+
+def test_a_tuner_wants_what_the_untouched_model_makes() -> None:
+    target = plan("gptq:w4g32@method=signround,feedback=true")
+    assert target.tuner is not None and target.wants_reference
+    assert plan("gptq:w4g32").tuner is None
