@@ -17,7 +17,9 @@ Document = str | Messages
 Row = Mapping[str, Any]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_INSTEAD = "use --calib embedded, or a local .txt, .jsonl or .parquet file"
+_INSTEAD = (
+    "use an embedded text (--calib embedded, --eval embedded), or a local .txt, .jsonl or .parquet file"
+)
 
 
 def documents(part: Part) -> Iterator[Document]:

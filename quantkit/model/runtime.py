@@ -321,7 +321,7 @@ class LoadedBlock:
             self._meant.add(key)
 
     def _placed(self, key: str, value: Tensor) -> list[tuple[Tile, Tensor]]:
-        """Where a weight (out, in) or a kept tensor goes: tiles, and what belongs there, laid out as on disk."""
+        """Where a weight (out, in) or a kept tensor goes: tiles, and what belongs there, as on disk."""
         weight = self._weights.get(key)
         if weight is None and key not in self.block.kept:
             raise ValueError(f"`{key}` is not a tensor that block {self.index} keeps, nor one of its weights")
