@@ -144,14 +144,14 @@ def test_nothing_is_written_to() -> None:
 
 
 def test_runs() -> None:
-    """Steps of so many rows, and the held-out rows for the start and five iterates."""
+    """Steps of so many rows, and the held-out rows for the start and five iterates of each attempt."""
     block, weight = Product(), weight_of()
     start = QuantizedLinear("w", nearest(weight, SCHEME, "mse"))
+    given = {"w": weight}, {"w": start}, {"w": SCHEME}, rows_for(weight)
     params = replace(QUICK, rows=3)
-    signround.quantizer(params).tuner.tune(
-        block, {"w": weight}, {"w": start}, {"w": SCHEME}, rows_for(weight)
-    )
-    assert block.runs == 20 * 3 + 6 * 4
+    result = signround.quantizer(params).tuner.tune(block, *given)
+    attempts = 1 if result.facts["block_loss"] < 0.97 * result.facts["block_loss_start"] else 2
+    assert block.runs == attempts * (20 * 3 + 5 * 4) + 4
 
 
 def test_loss_worked() -> None:
