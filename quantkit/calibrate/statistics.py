@@ -77,6 +77,7 @@ class Statistics:
             _both(self.sample, other.sample, _merge_samples),
             _both(self.held, other.held, operator.add),
             _both(self.cross, other.cross, torch.add),
+            self.prior + other.prior,
         )
 
     def split(self) -> tuple[Statistics, Statistics]:
@@ -137,15 +138,15 @@ class Statistics:
         sample keeps its choice of rows and their order. All results are new tensors: other targets go on
         reading these. The gram is copied once (3 GiB at 28,672 inputs) and so are the vectors and the sample.
         """
-        return Statistics(
-            self.tokens,
-            None if self.squares is None else self.squares / factors / factors,
-            None if self.absmax is None else self.absmax / factors,
-            None if self.abssum is None else self.abssum / factors,
-            None if self.gram is None else _scaled_gram(self.gram, factors),
-            None if self.sample is None else self.sample / factors,
-            None if self.held is None else self.held.through(factors),
-            None if self.cross is None else _scaled_gram(self.cross, factors),
+        return replace(
+            self,
+            squares=None if self.squares is None else self.squares / factors / factors,
+            absmax=None if self.absmax is None else self.absmax / factors,
+            abssum=None if self.abssum is None else self.abssum / factors,
+            gram=None if self.gram is None else _scaled_gram(self.gram, factors),
+            sample=None if self.sample is None else self.sample / factors,
+            held=None if self.held is None else self.held.through(factors),
+            cross=None if self.cross is None else _scaled_gram(self.cross, factors),
         )
 
 

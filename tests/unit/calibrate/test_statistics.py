@@ -177,6 +177,7 @@ def test_a_prior_counts_as_so_many_tokens_of_the_pool() -> None:
     assert found.absmax is not None and found.absmax.tolist() == [2.0, 0.0]
     diagonal = own.with_prior(update(zero(2, Need.SQUARES, CPU), torch.tensor([[1.0, 3.0]])), 2)
     assert diagonal.gram is not None and diagonal.gram.tolist() == [[6.0, 0.0], [0.0, 18.0]]
+    assert found.through(torch.ones(2)).prior == 4
     unseen = zero(2, need, CPU).with_prior(pool, 2)
     assert unseen.tokens == 2 and unseen.absmax is not None and unseen.absmax.tolist() == [1.0, 3.0]
     assert own.with_prior(zero(2, need, CPU), 4) is own
