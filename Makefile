@@ -46,7 +46,8 @@ $(STAMP): pyproject.toml constraints.txt
 $(INTEROP): pyproject.toml constraints.txt
 	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,awq,bitsandbytes,hqq]'
+	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,awq,bitsandbytes,hqq]' \
+		'auto-round>=0.16,<0.17'
 	touch $@
 
 clean:

@@ -177,8 +177,10 @@ class Gptq:
             "damp_percent": 0.01,
             "true_sequential": False,
             "static_groups": not facts.act_order,
-            "meta": {"quantizer": [f"quantkit:{facts.version}"], "method": facts.method},
         }
+        if not default.sym:
+            # transformers gives files with this key not to auto-round, which reads zero points as those of v1
+            config["meta"] = {"quantizer": [f"quantkit:{facts.version}"], "method": facts.method}
         exceptions = _dynamic(facts)
         if exceptions:
             config["dynamic"] = exceptions
