@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
-from benchmarks.record import SHARED, save
+from benchmarks.protocol import recipe
+from benchmarks.record import save
 from quantkit.run.report import TargetReport
 
 # name → (shorthand, reference KL, reference perplexity) where the reference has such a row
@@ -44,28 +45,6 @@ ROWS: dict[str, tuple[str, float | None, float | None]] = {
 }
 
 
-def recipe(names: list[str], out: Path) -> quantkit.Recipe:
-    targets = []
-    for name in names:
-        shorthand = ROWS[name][0]
-        joint = "," if "@" in shorthand else "@"
-        targets += quantkit.parse_targets(f"{shorthand}{joint}name={name.replace(' ', '-')}")
-    text = SHARED / "data" / "wikitext-2"
-    return quantkit.Recipe(
-        source=str(SHARED / "models" / "wiki-llama-7m"),
-        targets=tuple(targets),
-        output=quantkit.Output(dir=str(out)),
-        calibration=quantkit.Calibration(
-            file=str(text / "wiki.valid.tokens"), rows=160, length=512, seed=None, max_chars=900_000
-        ),
-        eval=quantkit.Eval(
-            perplexity=(
-                quantkit.EvalText(file=str(text / "wiki.test.raw"), style="gptq", context=512, chunks=64),
-            )
-        ),
-    )
-
-
 def row(name: str, target: TargetReport) -> dict[str, Any]:
     quality = target.quality[0]
     _, kl, perplexity = ROWS[name]
@@ -92,7 +71,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     names = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as folder:
-        report = quantkit.convert(recipe(names, Path(folder)))
+        shorthands = {name.replace(" ", "-"): ROWS[name][0] for name in names}
+        report = quantkit.convert(recipe(shorthands, Path(folder)))
     rows = [row(name, target) for name, target in zip(names, report.targets, strict=True)]
     for found in rows:
         reference = f"{found['reference_kl']}" if found["reference_kl"] else "–"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -53,12 +54,24 @@ def machine() -> dict[str, Any]:
     return {"processors": os.cpu_count(), "memory_bytes": memory, "architecture": platform.machine()}
 
 
+def placeless(text: str) -> str:
+    """Without the folders of this machine, which are nobody's business."""
+    return re.sub(r"(/[\w.+-]+)+/", "…/", text)[:300]
+
+
+def load(name: str) -> dict[str, Any]:
+    """What benchmarks/results/<name>.json holds; empty when there is none."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def save(name: str, content: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json and say where."""
+    """Write benchmarks/results/<name>.json and say where; what was there before is replaced as a whole."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     module = ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts)
-    command = " ".join(["python -m", module, *sys.argv[1:]])
+    command = " ".join(["python -m", module, *map(placeless, sys.argv[1:])])
     facts = {
         "benchmark": name,
         "command": command,
@@ -66,6 +79,8 @@ def save(name: str, content: dict[str, Any]) -> Path:
         "versions": versions(),
         "machine": machine(),
     }
-    path.write_text(json.dumps({**facts, **content}, indent=2) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**facts, **content}, indent=2) + "\n")
+    partial.replace(path)
+    print(f"wrote results/{path.name}", flush=True)
     return path

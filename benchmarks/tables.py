@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.calibrated_tables import ablation, calibrated, time_split
+from benchmarks.cells import TOOLS, cost, cost_rows, goals_met, not_measured, peers_of, ratio_rows, threads_of
 from benchmarks.record import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "results.md"
@@ -53,12 +55,20 @@ def memory(found: dict[str, Any]) -> list[str]:
 
 
 def shared_pass(found: dict[str, Any]) -> list[str]:
-    return [
-        "## Several targets in one pass",
-        "",
-        f"GPTQ and RTN in one run cost {found['median_ratio']:.2f} × the slower of the two alone (median of "
-        f"{len(found['runs'])} pairs on `{found['source']}`), with identical bytes.",
-    ]
+    return ["## Several targets in one pass", "", _shared(found)]
+
+
+def shared_pass_calibrated(found: dict[str, Any]) -> list[str]:
+    return [_shared(found)]
+
+
+def _shared(found: dict[str, Any]) -> str:
+    targets = [f"`{target}`" for target in found["runs"][0]["alone_s"]]
+    goal = "" if found.get("goal") is None else f" (goal: at most {found['goal']:g})"
+    return (
+        f"{', '.join(targets[:-1])} and {targets[-1]} in one run cost {found['median_ratio']:.2f} × the slowest of "
+        f"them alone{goal}, median of {len(found['runs'])} rounds on `{found['source']}`, with identical bytes."
+    )
 
 
 def startup(found: dict[str, Any]) -> list[str]:
@@ -70,35 +80,16 @@ def startup(found: dict[str, Any]) -> list[str]:
     ]
 
 
-TOOLS = {
-    "quantkit": "quantkit",
-    "bitsandbytes": "bitsandbytes",
-    "hqq": "hqq",
-    "autoround": "auto-round",
-    "llm_compressor": "llm-compressor",
-}
-RATIOS = {
-    "process_cpu": "CPU",
-    "step_cpu": "CPU without imports",
-    "peak_rss": "peak memory",
-    "weight_error": "weight error",
-    "kl": "KL",
-}
-
-
 def data_free(found: dict[str, Any]) -> list[str]:
     """Rows and ratios on the shared model, the same of cost alone on the large one, and what fell short."""
     measured = [r for r in found["rows"] if "failed" not in r]
     source = next((r["source_perplexity"] for r in measured if "source_perplexity" in r), None)
-    peers = ", ".join(f"{TOOLS[name]} {_own_version(name, v)}" for name, v in found["peers"].items())
-    comparisons = [*found["ratios"], *found["large_ratios"]]
-    goals = [(c, goal) for c in comparisons for goal in c["goals"]]
-    threads = "one thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    peers = peers_of(found)
     lines = [
         "## Data-free and 8-bit methods",
         "",
         f"The reference checkpoint again{f', perplexity of the source {source:.3f}' if source else ''}. Each row is a "
-        f"process that turns the source folder into a quantized folder, in {threads}; the processor seconds without "
+        f"process that turns the source folder into a quantized folder, in {threads_of(found)}; the processor seconds without "
         "imports are in parentheses. *Weight error* is ‖Ŵ − W‖² / ‖W‖² over all quantized weights. Calibrated rows "
         "take 160 × 512 tokens. Rows of other tools are measured with their own engine on the same tokens"
         f"{f': {peers}' if peers else ''}. A row with a suffix differs from the tool's default: `-plain` without "
@@ -111,7 +102,7 @@ def data_free(found: dict[str, Any]) -> list[str]:
         "Ratios quantkit / other: below 1 is less time, memory or error. *Same* rows do the same work, and must be no "
         "slower and as good; the others search where the other tool does not, and must be better.",
         "",
-        *_data_free_ratios(found["ratios"]),
+        *ratio_rows(found["ratios"]),
     ]
     if found["large_rows"]:
         size = found["large_checkpoint_bytes"] / 1e6
@@ -122,28 +113,11 @@ def data_free(found: dict[str, Any]) -> list[str]:
             f"A random Llama of {size:.0f} MB, where imports hide less. Here the same work must also fit in half the "
             "memory.",
             "",
-            *_cost_rows(found["large_rows"]),
+            *cost_rows(found["large_rows"]),
             "",
-            *_data_free_ratios(found["large_ratios"]),
+            *ratio_rows(found["large_ratios"]),
         ]
-    met = sum(goal["met"] for _, goal in goals)
-    lines += ["", f"Goals met: {met} of {len(goals)}."]
-    refused = [f"- `{name}`: {reason}" for name, reason in found["refused"].items()]
-    failed = [r for r in (*found["rows"], *found["large_rows"]) if "failed" in r]
-    refused += [f"- {TOOLS[r['tool']]} `{r['row']}`: {r['failed']}" for r in failed]
-    return [*lines, *(["", "Not measured:", "", *refused] if refused else [])]
-
-
-def _own_version(name: str, versions: dict[str, str]) -> str:
-    """The first package of a peer's list is the peer."""
-    return next(iter(versions.values()), name)
-
-
-def _cost(r: dict[str, Any]) -> str:
-    if "process_cpu_seconds" not in r:
-        return " | "
-    step, process = r["step_cpu_seconds"], r["process_cpu_seconds"]
-    return f"{process:.1f} ({step:.2f}) | {r['peak_rss_bytes'] / 1e6:.0f}"
+    return [*lines, "", goals_met(found["ratios"], found["large_ratios"]), *not_measured(found)]
 
 
 def _data_free_rows(rows: list[dict[str, Any]]) -> list[str]:
@@ -156,41 +130,20 @@ def _data_free_rows(rows: list[dict[str, Any]]) -> list[str]:
             error = "" if r.get("weight_error") is None else f"{r['weight_error']:.3g}"
             scores = f"{r['perplexity']:.3f} | {r['kl_mean']:.5f}" if "kl_mean" in r else " | "
             lines.append(
-                f"| {TOOLS[r['tool']]} | `{r['row']}` | {r['size_bytes'] / 1e6:.2f} | {scores} | {error} | {_cost(r)} |"
+                f"| {TOOLS[r['tool']]} | `{r['row']}` | {r['size_bytes'] / 1e6:.2f} | {scores} | {error} | {cost(r)} |"
             )
-    return lines
-
-
-def _cost_rows(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| tool | row | MB | CPU s | peak MB |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {TOOLS[r['tool']]} | `{r['row']}` | {r['size_bytes'] / 1e6:.0f} | {_cost(r)} |"
-        for r in rows
-        if "failed" not in r
-    ]
-    return lines
-
-
-def _data_free_ratios(ratios: list[dict[str, Any]]) -> list[str]:
-    columns = [name for name in RATIOS if any(name in c for c in ratios)]
-    lines = [
-        f"| row | beside | work | {' | '.join(RATIOS[name] for name in columns)} | goal |",
-        "|" + "---|" * (len(columns) + 4),
-    ]
-    for c in ratios:
-        cells = " | ".join(f"{c[name]:.2f}" if name in c else "" for name in columns)
-        short = [f"{RATIOS[g['what']]} above {g['limit']:g}" for g in c["goals"] if not g["met"]]
-        goal = f"short: {', '.join(short)}" if short else "met" if c["goals"] else ""
-        work = "same" if c["same"] else "searched"
-        lines.append(f"| `{c['row']}` | {TOOLS[c['peer']]} `{c['theirs']}` | {work} | {cells} | {goal} |")
     return lines
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "quality": quality,
+    "calibrated": calibrated,
+    "ablation": ablation,
+    "time_split": time_split,
     "data_free": data_free,
     "memory": memory,
     "shared_pass": shared_pass,
+    "shared_pass_calibrated": shared_pass_calibrated,
     "startup": startup,
 }
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401 (an import that would fall into the step)
 
 from benchmarks.peers import loaded
-from benchmarks.peers.measured import Job, Script, Weights, linear_weights, run
+from benchmarks.peers.measured import Job, Loaded, Script, linear_weights, run
 
 CALIBRATED = {"disable_opt_rtn": False, "calibrated": True}
 # compiled kernels, its default, cost more than they save at these sizes
@@ -46,15 +46,15 @@ def make(job: Job) -> None:
         rounder.quantize_and_save(str(job.out), format=layout)
 
 
-def load(job: Job) -> nn.Module:
+def load(job: Job) -> Loaded:
     (folder,) = {file.parent for file in job.out.rglob("*.safetensors")}
     if job.settings.get("format") == "llm_compressor":
         # it writes that inputs are rounded to 4 bits too, even when told not to
         weights_only = job.settings.get("act_bits") == 16
-        return loaded.load(folder, bf16=weights_only, inputs=not weights_only)
-    return nn.Module.float(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    )
+        model = loaded.load(folder, bf16=weights_only, inputs=not weights_only)
+        return model, loaded.weights(model)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    return nn.Module.float(found), linear_weights(found, dense)
 
 
 def dense(module: nn.Module) -> Tensor | None:
@@ -62,11 +62,5 @@ def dense(module: nn.Module) -> Tensor | None:
     return module(torch.eye(module.infeatures)).T if type(module).__name__ == "QuantLinear" else None
 
 
-def weights(job: Job, model: nn.Module) -> Weights:
-    if job.settings.get("format") == "llm_compressor":
-        return loaded.weights(model)
-    return linear_weights(model, dense)
-
-
 if __name__ == "__main__":
-    run(Script(ROWS, ("auto-round", "transformers", "torch"), make, load, weights))
+    run(Script(ROWS, ("auto-round", "transformers", "torch"), make, load))

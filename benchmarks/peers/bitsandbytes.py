@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama import modeling_llama  # noqa: F401 (an import that would fall into the step)
 
-from benchmarks.peers.measured import Job, Script, Weights, linear_weights, run
+from benchmarks.peers.measured import Job, Loaded, Script, linear_weights, run
 
 ROWS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -33,7 +33,7 @@ def make(job: Job) -> None:
         model.save_pretrained(job.out)
 
 
-def load(job: Job) -> nn.Module:
+def load(job: Job) -> Loaded:
     # transformers keeps the dtype of the file, whatever is asked for, and refuses to convert a quantized model
     model = nn.Module.float(AutoModelForCausalLM.from_pretrained(job.out, device_map="cpu"))
     for module in model.modules():
@@ -41,7 +41,7 @@ def load(job: Job) -> nn.Module:
             # the file says bfloat16, to which each dequantized weight would be rounded
             module.weight.quant_state.dtype = torch.float32
             module.compute_dtype = torch.float32
-    return model
+    return model, linear_weights(model, dense)
 
 
 def dense(module: nn.Module) -> Tensor | None:
@@ -54,9 +54,5 @@ def dense(module: nn.Module) -> Tensor | None:
             return None
 
 
-def weights(_: Job, model: nn.Module) -> Weights:
-    return linear_weights(model, dense)
-
-
 if __name__ == "__main__":
-    run(Script(ROWS, ("bitsandbytes", "transformers", "torch"), make, load, weights))
+    run(Script(ROWS, ("bitsandbytes", "transformers", "torch"), make, load))

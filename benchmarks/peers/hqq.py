@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401 (an import that would fall into the step)
 
-from benchmarks.peers.measured import Job, Script, Weights, linear_weights, run
+from benchmarks.peers.measured import Job, Loaded, Script, linear_weights, run
 
 ROWS: dict[str, dict[str, Any]] = {
     **{f"w{bits}g64": {"nbits": bits, "group_size": 64, "axis": 1} for bits in (8, 4, 3, 2)},
@@ -35,7 +35,7 @@ def make(job: Job) -> None:
     job.kept = model
 
 
-def load(job: Job) -> nn.Module:
+def load(job: Job) -> Loaded:
     """The model in memory: the scales and zero points of the file, computing in fp32."""
     for module in job.kept.modules():
         if isinstance(module, HQQLinear):
@@ -44,16 +44,12 @@ def load(job: Job) -> nn.Module:
                 module.meta["scale"].float(),
                 module.meta["zero"].float(),
             )
-    return nn.Module.float(job.kept)
+    return nn.Module.float(job.kept), linear_weights(job.kept, dense)
 
 
 def dense(module: nn.Module) -> Tensor | None:
     return module.dequantize() if isinstance(module, HQQLinear) else None
 
 
-def weights(_: Job, model: nn.Module) -> Weights:
-    return linear_weights(model, dense)
-
-
 if __name__ == "__main__":
-    run(Script(ROWS, ("hqq", "transformers", "torch"), make, load, weights))
+    run(Script(ROWS, ("hqq", "transformers", "torch"), make, load))

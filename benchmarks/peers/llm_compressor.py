@@ -1,6 +1,6 @@
-"""llm-compressor's `oneshot` with its presets, and its `model_free_ptq`, which loads no model.
+"""llm-compressor's `oneshot` with its presets, its GPTQ and AWQ, and `model_free_ptq`, which loads no model.
 
-Run by `python -m benchmarks.data_free --peers llm_compressor=PYTHON`.
+Run by `python -m benchmarks.data_free --peers llm_compressor=PYTHON`, and by `benchmarks.calibrated`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import model_free_ptq, oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401 (an import that would fall into the step)
 
 from benchmarks.peers import loaded
-from benchmarks.peers.measured import Job, Script, Weights, run
+from benchmarks.peers.measured import Job, Loaded, Script, run
 
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 ROWS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "nvfp4": {"scheme": "NVFP4A16", "bf16": True},
     "nvfp4-free": {"scheme": "NVFP4A16", "bf16": True, "model_free": True},
     "fp8a8-kv": {"scheme": "FP8_DYNAMIC", "cache": True},
+    **{
+        f"w{bits}g{group}-gptq": {"weights": (bits, group, True), "gptq": True}
+        for bits, group in ((4, 128), (3, 128), (2, 64))
+    },
+    "w4g128_asym-awq": {"weights": (4, 128, False), "awq": True},
 }
 IGNORED = ["lm_head"]
 
@@ -63,24 +69,38 @@ def recipe(settings: dict[str, Any]) -> list[Any]:
     steps: list[Any] = []
     if "smoothing" in settings:
         steps.append(SmoothQuantModifier(smoothing_strength=settings["smoothing"]))
-    groups: dict[str, Any] = {"targets": "Linear", "scheme": settings["scheme"]}
+    if settings.get("awq"):
+        steps.append(AWQModifier())
+    rounding = GPTQModifier if settings.get("gptq") else QuantizationModifier
+    return [*steps, rounding(ignore=IGNORED, **groups(settings))]
+
+
+def groups(settings: dict[str, Any]) -> dict[str, Any]:
+    """Which numbers: a preset, or weights of so many bits in groups."""
+    if "weights" in settings:
+        bits, size, symmetric = settings["weights"]
+        weights = QuantizationArgs(
+            num_bits=bits, type="int", strategy="group", group_size=size, symmetric=symmetric
+        )
+        return one_group(QuantizationScheme(targets=["Linear"], weights=weights))
+    found: dict[str, Any] = {"targets": "Linear", "scheme": settings["scheme"]}
     if settings.get("static"):
         preset = preset_name_to_scheme(settings["scheme"], ["Linear"])
         inputs = QuantizationArgs(num_bits=8, type="int", strategy="tensor", symmetric=True, dynamic=False)
-        groups = {
-            "config_groups": {
-                "group_0": QuantizationScheme(
-                    targets=["Linear"], weights=preset.weights, input_activations=inputs
-                )
-            }
-        }
+        found = one_group(
+            QuantizationScheme(targets=["Linear"], weights=preset.weights, input_activations=inputs)
+        )
     if settings.get("cache"):
-        groups["kv_cache_scheme"] = CACHE
-    return [*steps, QuantizationModifier(ignore=IGNORED, **groups)]
+        found["kv_cache_scheme"] = CACHE
+    return found
+
+
+def one_group(scheme: QuantizationScheme) -> dict[str, Any]:
+    return {"config_groups": {"group_0": scheme}}
 
 
 def calibration(job: Job) -> dict[str, Any]:
-    wanted = {"smoothing", "static", "calibrated", "cache"} & job.settings.keys()
+    wanted = {"smoothing", "static", "calibrated", "cache", "gptq", "awq"} & job.settings.keys()
     if not wanted or job.calibration is None:
         return {}
     rows, length = job.calibration.shape
@@ -94,15 +114,10 @@ def calibration(job: Job) -> dict[str, Any]:
     }
 
 
-def load(job: Job) -> nn.Module:
-    return loaded.load(job.out, **{k: job.settings.get(k, False) for k in ("bf16", "dense")})
-
-
-def weights(job: Job, model: nn.Module) -> Weights | None:
-    if "smoothing" in job.settings:
-        return None
-    return loaded.weights(model)
+def load(job: Job) -> Loaded:
+    model = loaded.load(job.out, **{k: job.settings.get(k, False) for k in ("bf16", "dense")})
+    return model, None if "smoothing" in job.settings else loaded.weights(model)
 
 
 if __name__ == "__main__":
-    run(Script(ROWS, ("llmcompressor", "compressed-tensors", "transformers", "torch"), make, load, weights))
+    run(Script(ROWS, ("llmcompressor", "compressed-tensors", "transformers", "torch"), make, load))

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 Weights = Iterator[tuple[str, Tensor]]
+Loaded = tuple[nn.Module, Weights | None]
 BATCH = 8
 
 
@@ -142,16 +143,15 @@ class Script:
     rows      what each row asks for
     packages  whose versions count
     make      source folder → quantized folder, its parts timed with `job.steps`
-    load      the quantized folder as a model that computes in fp32; without, quality is measured elsewhere
-    weights   (checkpoint name, dequantized fp32 weight) of everything that was quantized, or None
-              where it is not the source's weight that was rounded
+    load      the quantized folder as a model that computes in fp32, and (checkpoint name, dequantized fp32
+              weight) of everything that was quantized, or None where it is not the source's weight that
+              was rounded; without `load`, quality is measured elsewhere
     """
 
     rows: Mapping[str, Mapping[str, Any]]
     packages: tuple[str, ...]
     make: Callable[[Job], None]
-    load: Callable[[Job], nn.Module] | None = None
-    weights: Callable[[Job, nn.Module], Weights | None] | None = None
+    load: Callable[[Job], Loaded] | None = None
 
 
 def run(script: Script) -> None:
@@ -162,11 +162,13 @@ def run(script: Script) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--texts", type=Path, help="tokens and reference states; without: no quality")
+    parser.add_argument("--calibrate", type=int, metavar="N", help="on the first N rows of the tokens only")
+    parser.add_argument("--cost-only", action="store_true", help="no quality")
     given = parser.parse_args()
     calibration = None
     if given.texts is not None:
         with safe_open(given.texts, "pt") as texts:
-            calibration = texts.get_tensor("calibration").long()
+            calibration = texts.get_tensor("calibration").long()[: given.calibrate]
     job = Job(given.source, given.out, script.rows[given.row], calibration, Steps())
     before, began, started = memory("VmRSS"), cpu_seconds(), time.monotonic()
     with Descendants() as others:
@@ -184,11 +186,12 @@ def run(script: Script) -> None:
         "peak_rss_bytes": max(memory("VmHWM"), others.peak_bytes),
         "size_bytes": sum(f.stat().st_size for f in weight_files(given.out)),
     }
-    if given.texts is not None and script.load is not None and script.weights is not None:
+    if given.texts is not None and script.load is not None and not given.cost_only:
         with torch.no_grad():
-            model = script.load(job).eval()
+            model, weights = script.load(job)
+            model.eval()
             # first: some engines repack their weights when the model runs
-            found["weight_error"] = weight_error(job.source, script.weights(job, model))
+            found["weight_error"] = weight_error(job.source, weights)
             found |= scores(model, given.texts)
     given.result.write_text(json.dumps(found) + "\n")
 

@@ -1,10 +1,12 @@
 """quantkit itself, one target at a time and nothing measured on the way: what a peer's script does.
 
-Run by `python -m benchmarks.data_free`, which measures quality on what one sweep over all targets makes.
+Run by `python -m benchmarks.data_free`, which measures quality on what one sweep over all targets makes, and
+by `benchmarks.calibrated`, which measures what is saved.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import quantkit.run.convert  # noqa: F401 (an import that would fall into the step)
@@ -69,17 +71,37 @@ UNCOSTED = (
     *("w4g128_asym-gptq", "nf4_dq-gptq", "fp4-gptq"),
     *(f"hqq-w{bits}g64-{choice}" for bits in (3, 2) for choice in ("weighted", "gptq")),
 )
+# of benchmarks.calibrated
+CALIBRATED: dict[str, str] = {
+    **{
+        f"gptq-{scheme}{suffix}": f"gptq:{scheme}{words}"
+        for scheme in ("w4g128", "w3g128", "w2g64")
+        for suffix, words in (
+            ("", ""),
+            ("-awq", "@transforms=awq"),
+            ("-corrected", "@corrected=0.25,feedback=true"),
+            ("-signround", "@method=signround,feedback=true"),
+            ("-weighted", "@method=rtn,scales=weighted"),
+        )
+    },
+    "awq-w4g128_asym": "awq:w4g128_asym@method=rtn,scales=weighted,transforms=awq",
+    "awq-w4g128_asym-gptq": "awq:w4g128_asym@transforms=awq",
+}
 
 
 def make(job: Job) -> None:
     (target,) = parse_targets(job.settings["target"])
+    calibration = CALIBRATION
+    if job.calibration is not None:
+        # the same text and as many rows of it; its own tokens
+        calibration = replace(CALIBRATION, rows=len(job.calibration))
     with job.steps("load, quantize and save"):
         convert(
             Recipe(
                 source=str(job.source),
                 targets=(target,),
                 output=Output(dir=str(job.out)),
-                calibration=CALIBRATION,
+                calibration=calibration,
                 eval=Eval(enabled=False),
             )
         )
@@ -106,5 +128,5 @@ def weights(folder: Path, row: str) -> Weights | None:
 
 
 if __name__ == "__main__":
-    rows = {row: {"target": target} for row, target in ROWS.items()}
+    rows = {row: {"target": target} for row, target in (ROWS | CALIBRATED).items()}
     run(Script(rows, ("torch", "transformers"), make))
