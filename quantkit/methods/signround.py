@@ -19,6 +19,7 @@ from quantkit import registry
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import RecipeError
 from quantkit.numerics.learned import Learned
+from quantkit.numerics.solve import Order
 from quantkit.protocols import Outcome, Pairs, Quantizer, Tuned, TunedBlock
 from quantkit.schemes import Scheme
 from quantkit.tensors import QuantizedLinear, QuantizedTensor, dequantize
@@ -52,7 +53,7 @@ class Params:
     """
 
     start: Literal["gptq", "rtn"] = "gptq"
-    act_order: Literal["off", "group_aware", "static", "free"] = "group_aware"
+    act_order: Order = "group_aware"
     corrected: float = 0.0
     iterations: int = 400
     rows: int = 2
