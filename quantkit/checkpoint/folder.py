@@ -145,7 +145,8 @@ def check_folder(path: Path) -> None:
             f"`{path}` is a file, not a checkpoint folder", remedy=f"give the folder `{path.parent}`"
         )
     raise SourceError(
-        f"no folder `{path}`{did_you_mean(path)}", remedy="check the path, or give a Hub id such as org/name"
+        f"no folder `{path}`{did_you_mean(path)}",
+        remedy="check the path; a model of the Hub has to be downloaded first",
     )
 
 
