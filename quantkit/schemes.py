@@ -9,14 +9,17 @@ Preset names, read from left to right:
     _dq                                    scales are quantized themselves
     _static                                the scale of the inputs comes from calibration
     _mixed                                 input columns with values of 6 or more stay 16-bit (LLM.int8)
-for example ``w4g128``, ``w3g64_asym``, ``w8a8``, ``nf4_dq``, ``fp8a8_block``.
+for example ``w4g128``, ``w3g64_asym``, ``w8a8``, ``nf4_dq``, ``fp8a8_block``. The grids of ggml have names
+of their own, ``q4_k``, ``iq2_xs``: each fixes everything, see `GGML`.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from quantkit.errors import RecipeError
@@ -26,7 +29,12 @@ SCALE_DTYPES = ("float16", "bfloat16", "float32")
 TILE = 128
 OUTLIERS = 6.0
 
-Numbers = Literal["int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4"]
+Numbers = Literal[
+    "int", "nf4", "fp4", "fp8", "mxfp4", "nvfp4",
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1",
+    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s",
+]  # fmt: skip
 Convention = Literal["absmax", "half_step", "full_range"]
 CacheDtype = Literal["fp8", "int8"]
 
@@ -39,6 +47,17 @@ _TABLES: dict[str, tuple[int, int | None]] = {
     "nvfp4": (4, 16),
 }
 _FIXED_GROUP = ("mxfp4", "nvfp4")
+# ggml's grids: nominal bits, and the inputs of a block or super-block, within which all scales are nested
+GGML: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        **{"f32": (32, 1), "f16": (16, 1), "bf16": (16, 1)},
+        **{"q8_0": (8, 32), "q4_0": (4, 32), "q4_1": (4, 32), "q5_0": (5, 32), "q5_1": (5, 32)},
+        **{"q2_k": (2, 256), "q3_k": (3, 256), "q4_k": (4, 256), "q5_k": (5, 256), "q6_k": (6, 256)},
+        **{"iq4_nl": (4, 32), "iq4_xs": (4, 256), "tq1_0": (2, 256), "tq2_0": (2, 256)},
+        **{"iq1_s": (1, 256), "iq1_m": (1, 256), "iq2_xxs": (2, 256), "iq2_xs": (2, 256)},
+        **{"iq2_s": (2, 256), "iq3_xxs": (3, 256), "iq3_s": (3, 256)},
+    }
+)
 COMMON = (
     *("w2g64", "w3g128", "w4", "w4g32", "w4g64", "w4g128", "w4g128_asym", "w4g64_asymf", "w8", "w8g128"),
     *("w8_tensor", "w8a8", "w8a8_static", "w8a8_mixed", "nf4", "nf4_dq", "fp4", "fp8", "fp8_tensor"),
@@ -83,6 +102,7 @@ class Scheme:
     nested       scales are quantized themselves ("double quantization")
     activations  how inputs are rounded, None: they are not
     convention   the symmetric scale that tools of the container choose, see `numerics.grids`
+    mix          name of the rules by which weights get other grids than this one, as ``q4_k_m``; else empty
     """
 
     bits: int
@@ -97,6 +117,7 @@ class Scheme:
     nested: bool = False
     activations: Activations | None = None
     convention: Convention = "absmax"
+    mix: str = ""
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -106,6 +127,8 @@ class Scheme:
     def _problem(self) -> tuple[str, str | None] | None:
         """(what cannot be, remedy)."""
         shared = [self.group_size is not None, self.per_tensor, self.tile is not None]
+        if self.ggml:
+            return self._ggml_problem()
         if not MIN_BITS <= self.bits <= MAX_BITS:
             return f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}", None
         if self.bits == 1 and not self.fractional:
@@ -121,6 +144,13 @@ class Scheme:
             return f"tile must be {TILE}, not {self.tile}", None
         own = self._integer_problem() if self.numbers == "int" else self._table_problem()
         return own or self._mixed_problem()
+
+    def _ggml_problem(self) -> tuple[str, str | None] | None:
+        fixed = (self.bits, self.group_size) == GGML[self.numbers] and self.sym and self.axis == 1
+        extra = self.per_tensor or self.fractional or self.tile or self.nested or self.activations
+        if fixed and not extra:
+            return None
+        return f"{self.numbers} fixes its bits, groups and scales", f"write {self.numbers}"
 
     def _table_problem(self) -> tuple[str, str | None] | None:
         bits, group = _TABLES[self.numbers]
@@ -171,6 +201,8 @@ class Scheme:
     @property
     def name(self) -> str:
         """The preset name that parses back to this scheme; scale dtype and convention are the format's."""
+        if self.ggml:
+            return self.mix or self.numbers
         table = _TABLES.get(self.numbers)
         size = f"g{self.group_size}" if self.group_size is not None else ""
         if self.per_tensor or self.tile is not None:
@@ -182,6 +214,11 @@ class Scheme:
         inputs = "" if self.activations is None else _inputs_suffix(self.activations)
         head = f"w{self.bits}" if table is None else self.numbers
         return f"{head}{a8}{size}{asym}{'' if self.axis else '_axis0'}{'_dq' if self.nested else ''}{inputs}"
+
+    @property
+    def ggml(self) -> bool:
+        """One of the named grids of `GGML`."""
+        return self.numbers in GGML
 
     @property
     def plain(self) -> bool:
@@ -231,7 +268,10 @@ def _inputs_suffix(activations: Activations) -> str:
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme that a preset name stands for; raises RecipeError with a suggestion."""
-    found = _PRESET.fullmatch(text.strip().lower())
+    name = text.strip().lower()
+    if name in GGML:
+        return Scheme(*GGML[name], numbers=name)  # type: ignore[arg-type]
+    found = _PRESET.fullmatch(name)
     mixed = found is not None and "_mixed" in found[0]
     if found is None or ((found["static"] or mixed) and not found["a8"]):
         close = difflib.get_close_matches(text.lower(), COMMON, n=1, cutoff=0.5)

@@ -9,8 +9,9 @@ Shape suffixes used here: o = out_features, i = in_features, g = groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import assert_never
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -66,7 +67,27 @@ class Codebook:
     offset: Tensor | None = None
 
 
-QuantizedTensor = Affine | Float | Codebook
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Vectors of a table: ``w = scale · sign · (table[codes] + shift)``, each `length` weights of a row.
+
+    codes   (out, in / length) int16 rows of the table
+    bits    per code
+    table   (entries, length) fp32
+    signs   (out, in) int8, 1 or −1, or None
+    shift   (out, in / run) fp32 added to the points of each run of equal length, or None
+    """
+
+    codes: Tensor
+    bits: int
+    table: Tensor
+    scale: Tensor | QuantizedTensor
+    group: tuple[int, int]
+    signs: Tensor | None = None
+    shift: Tensor | None = None
+
+
+QuantizedTensor = Affine | Float | Codebook | Lattice
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +114,8 @@ def values(v: Tensor | QuantizedTensor) -> Tensor:
 
 def shape(q: QuantizedTensor) -> tuple[int, int]:
     """(out, in) of the weight that `q` stands for."""
+    if isinstance(q, Lattice):
+        return q.codes.shape[0], q.codes.shape[1] * q.table.shape[1]
     codes = q.values if isinstance(q, Float) else q.codes
     return codes.shape[0], codes.shape[1]
 
@@ -106,6 +129,58 @@ def plain_grid(q: QuantizedTensor) -> tuple[Affine, Tensor] | None:
     return (q, q.scale) if isinstance(q.scale, Tensor) and not fractional else None
 
 
+def rows(q: QuantizedTensor, chosen: slice) -> QuantizedTensor:
+    """Some rows of a quantized tensor whose groups span one row or all of them."""
+    whole = q.group[0] != 1
+    count = len(range(*chosen.indices(shape(q)[0])))
+
+    def cut(v: Any) -> Any:
+        match v:
+            case None:
+                return None
+            case Tensor():
+                return v if whole else v[chosen]
+            case _:
+                return v if whole else rows(v, chosen)
+
+    # what there is one of per weight, or per group of weights
+    own: dict[str, Any] = {
+        name: getattr(q, name)[chosen] for name in ("codes", "values") if name in _names(q)
+    }
+    own |= {name: cut(getattr(q, name)) for name in ("scale", "zero_point") if name in _names(q)}
+    if not isinstance(q, Codebook):
+        own |= {name: cut(getattr(q, name)) for name in ("offset", "signs", "shift") if name in _names(q)}
+    return replace(q, **own, group=(count if whole else 1, q.group[1]))
+
+
+def stacked(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Quantized tensors of one kind below one another; groups within rows, or one group that all share."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    whole = first.group[0] != 1
+
+    def join(name: str) -> Any:
+        found = [getattr(part, name) for part in parts]
+        if found[0] is None:
+            return None
+        return torch.cat(found) if isinstance(found[0], Tensor) else stacked(found)
+
+    own: dict[str, Any] = {
+        name: join(name) for name in ("codes", "values", "signs", "shift") if name in _names(first)
+    }
+    if not whole:
+        own |= {name: join(name) for name in ("scale", "zero_point") if name in _names(first)}
+        if isinstance(first, Affine):
+            own["offset"] = join("offset")
+    total = sum(shape(part)[0] for part in parts)
+    return replace(first, **own, group=(total if whole else 1, first.group[1]))
+
+
+def _names(q: QuantizedTensor) -> set[str]:
+    return {f.name for f in fields(q)}
+
+
 def spread(per_group: Tensor, group: tuple[int, int], to: tuple[int, int]) -> Tensor:
     """Repeat a (groups, groups) tensor over the elements of each group and cut it to `to`."""
     rows, columns = group
@@ -117,7 +192,7 @@ def spread(per_group: Tensor, group: tuple[int, int], to: tuple[int, int]) -> Te
     return wide.expand(to)
 
 
-def _per_element(v: Tensor | QuantizedTensor, q: Affine | Float | Codebook) -> Tensor:
+def _per_element(v: Tensor | QuantizedTensor, q: QuantizedTensor) -> Tensor:
     out, width = shape(q)
     grid = values(v)
     if isinstance(q, Affine) and q.column_group is not None:
@@ -142,5 +217,11 @@ def dequantize(q: QuantizedTensor) -> Tensor:
         case Codebook():
             found = _per_element(q.scale, q) * q.table.to(torch.float32)[q.codes.long()]
             return found if q.offset is None else found + q.offset.to(torch.float32)
+        case Lattice():
+            points = q.table[q.codes.long()].flatten(1)
+            if q.shift is not None:
+                points = points + q.shift.repeat_interleave(points.shape[1] // q.shift.shape[1], 1)
+            signed = points if q.signs is None else points * q.signs
+            return _per_element(q.scale, q) * signed
         case _:
             assert_never(q)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError
+from quantkit.gguf import rounding
 from quantkit.model.fused import fused_sets
 from quantkit.model.graph import Site, Weight
 from quantkit.numerics.inputs import input_scale
@@ -19,7 +20,17 @@ from quantkit.numerics.nearest import nearest
 from quantkit.protocols import Outcome, Quantizer
 from quantkit.recipe.plan import TargetPlan
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor, dequantize, shape
+from quantkit.tensors import (
+    Affine,
+    Codebook,
+    Float,
+    Lattice,
+    QuantizedLinear,
+    QuantizedTensor,
+    dequantize,
+    rows,
+    shape,
+)
 
 # An error is measured on at most so many evenly spaced rows: within a few percent of all of them, and
 # measuring does not cost more than solving.
@@ -221,37 +232,8 @@ class _Source:
 
 def _starved(weight: Tensor, scheme: Scheme) -> Outcome:
     """An expert that no calibration token reached is rounded with searched scales, and said to be."""
-    return Outcome(
-        nearest(weight, scheme, "mse"), "no calibration token reached this expert: rounded to nearest"
-    )
-
-
-def rows(q: QuantizedTensor, chosen: slice) -> QuantizedTensor:
-    """Some rows of a quantized tensor whose groups span one row or all of them."""
-    whole = q.group[0] != 1
-
-    def cut(v: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-        if whole:
-            return v
-        return v[chosen] if isinstance(v, Tensor) else rows(v, chosen)
-
-    count = len(range(*chosen.indices(shape(q)[0])))
-    group = (count if whole else 1, q.group[1])
-    match q:
-        case Affine():
-            zero = q.zero_point
-            return replace(
-                q,
-                codes=q.codes[chosen],
-                scale=cut(q.scale),
-                group=group,
-                zero_point=zero if zero is None or whole else zero[chosen],
-                offset=None if q.offset is None else cut(q.offset),
-            )
-        case Float():
-            return replace(q, values=q.values[chosen], scale=cut(q.scale), group=group)
-        case Codebook():
-            return replace(q, codes=q.codes[chosen], scale=cut(q.scale), group=group)
+    rounded = rounding.nearest(weight, scheme, None) if scheme.ggml else nearest(weight, scheme, "mse")
+    return Outcome(rounded, "no calibration token reached this expert: rounded to nearest")
 
 
 def _row_by_row(q: QuantizedTensor) -> bool:
@@ -270,7 +252,7 @@ def on_device(q: QuantizedTensor, device: torch.device) -> QuantizedTensor:
             case Tensor():
                 # a slice of a stack would keep the whole stack alive
                 return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-            case Affine() | Float() | Codebook():
+            case Affine() | Float() | Codebook() | Lattice():
                 return on_device(value, device)
             case _:
                 return value

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 import torch
 from torch import Tensor
 
 from quantkit.checkpoint.header import TORCH_DTYPES, build_header
 from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
-from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear, QuantizedTensor
+from quantkit.tensors import Affine, Codebook, Float, Lattice, QuantizedLinear, QuantizedTensor
 
 _META = "quantkit"
 # a prefix that no checkpoint name has
@@ -38,6 +38,12 @@ class BlockResult:
 
     def by_name(self) -> dict[str, QuantizedLinear]:
         return {linear.name: linear for linear in self.linears}
+
+
+class Results(Protocol):
+    """Where the results of blocks come from."""
+
+    def load(self, key: str, block: int) -> BlockResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,8 @@ class Encoded:
             case Float():
                 self._flatten(f"{name}|values", value.values)
                 form: dict[str, Any] = {"type": "float"}
+            case Lattice():
+                form = self._lattice(name, value)
             case Affine() | Codebook():
                 self._codes(f"{name}|codes", value.codes, value.bits)
                 kind = "affine" if isinstance(value, Affine) else "codebook"
@@ -108,6 +116,13 @@ class Encoded:
             "scale": self._flatten(f"{name}|scale", value.scale),
         }
         return form
+
+    def _lattice(self, name: str, value: Lattice) -> Any:
+        self._flatten(f"{name}|codes", value.codes)
+        if value.signs is not None:
+            self._codes(f"{name}|signs", (value.signs < 0).to(torch.uint8), 1)
+        parts = {part: self._flatten(f"{name}|{part}", getattr(value, part)) for part in ("table", "shift")}
+        return {"type": "lattice", "signs": value.signs is not None, **parts}
 
     def _codes(self, name: str, codes: Tensor, bits: int) -> None:
         shape = (codes.shape[0], packed_width(codes.shape[1], bits))
@@ -155,6 +170,8 @@ def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTe
     scale = _value(f"{name}|scale", form["scale"], tensors)
     if form["type"] == "float":
         return Float(tensors[f"{name}|values"], bits, scale, group)
+    if form["type"] == "lattice":
+        return _lattice(name, form, scale, tensors)
     codes = unpack(tensors[f"{name}|codes"], bits, form["columns"])
     if form["signed"]:
         codes = signed(codes, bits)
@@ -171,6 +188,16 @@ def _rebuild(name: str, form: Any, tensors: Mapping[str, Tensor]) -> QuantizedTe
         tensors[f"{name}|column_group"] if form["column_group"] else None,
         tensors[f"{name}|row_group"] if form["row_group"] else None,
     )
+
+
+def _lattice(name: str, form: Any, scale: Tensor | QuantizedTensor, tensors: Mapping[str, Tensor]) -> Lattice:
+    codes, table = tensors[f"{name}|codes"], tensors[f"{name}|table"]
+    signs = None
+    if form["signs"]:
+        negative = unpack(tensors[f"{name}|signs"], 1, codes.shape[1] * table.shape[1])
+        signs = 1 - 2 * negative.to(torch.int8)
+    shift = tensors[f"{name}|shift"] if form["shift"] else None
+    return Lattice(codes, form["bits"], table, scale, (form["group"][0], form["group"][1]), signs, shift)
 
 
 def _value(name: str, form: Any, tensors: Mapping[str, Tensor]) -> Tensor | QuantizedTensor:

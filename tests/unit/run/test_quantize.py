@@ -16,7 +16,7 @@ from quantkit.numerics.nearest import nearest
 from quantkit.protocols import FormatFacts
 from quantkit.recipe.plan import TargetPlan
 from quantkit.recipe.spec import Target
-from quantkit.run.quantize import Made, Rescaled, quantize_site, relative_error, rows
+from quantkit.run.quantize import Made, Rescaled, quantize_site, relative_error
 from quantkit.schemes import Scheme, parse_scheme
 from quantkit.tensors import Affine, Codebook, Float, dequantize
 from tests.quantized import activations, random_affine, random_quantized, same, statistics_of
