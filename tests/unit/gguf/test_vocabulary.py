@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from quantkit.errors import SourceError, UnsupportedError
-from quantkit.gguf.vocabulary import vocabulary
+from quantkit.gguf.vocabulary import count, vocabulary
+from quantkit.gguf.vocabulary.known import NAMES, PROBE, known_name
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs 12345"] * 5
 LLAMA3 = (
@@ -67,6 +69,8 @@ def sentencepiece(prefix: bool = True) -> Tokenizer:
         (split(LLAMA3.replace("{1,3}", "")), {}, "qwen2"),
         (GPT2, {}, "gpt-2"),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]), {}, "smollm"),
+        # every token is what merging gives, so looking words up first changes nothing
+        (split(LLAMA3.replace("{1,3}", "")), {"ignore_merges": True}, "qwen2"),
     ],
 )
 def test_how_texts_are_split_is_read_from_the_rules(
@@ -82,10 +86,36 @@ def test_how_texts_are_split_is_read_from_the_rules(
     assert found["tokenizer.ggml.add_bos_token"] is False
 
 
-@pytest.mark.parametrize("pre", [split(r"\w+|\W+"), pre_tokenizers.Whitespace()], ids=["regex", "kind"])
-def test_rules_without_a_name_are_refused(pre: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="no name for how the tokenizer splits texts"):
+@pytest.mark.parametrize(
+    ("pre", "why"),
+    [
+        (split(r"\w+|\W+"), r"splits texts with '\\\\w\+\|"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), BYTES]), "Whitespace"),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), "add_prefix_space"),
+        (pre_tokenizers.Sequence([BYTES, GPT2]), "bytes"),
+    ],
+    ids=["regex", "kind", "prefix", "order"],
+)
+def test_rules_that_llama_cpp_has_no_name_for_are_refused(pre: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{why}.*llama.cpp cannot express"):
         vocabulary(save(tmp_path, byte_level(pre)), 300)
+
+
+def test_looking_words_up_first_is_refused_where_it_matters(tmp_path: Path) -> None:
+    """`qqq` is a token that no merge makes: only the whole word finds it."""
+    content = json.loads(byte_level(split(LLAMA3.replace("{1,3}", "")), ignore_merges=True).to_str())
+    content["model"]["vocab"]["qqq"] = len(content["model"]["vocab"])
+    save(tmp_path, Tokenizer.from_str(json.dumps(content)))
+    with pytest.raises(UnsupportedError, match="looks words up before it merges"):
+        vocabulary(tmp_path, 400)
+
+
+@pytest.mark.parametrize("steps", [[normalizers.Lowercase()], [normalizers.NFC(), normalizers.Strip()]])
+def test_texts_that_are_changed_first_are_refused(steps: list[Any], tmp_path: Path) -> None:
+    tokenizer = byte_level(GPT2)
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    with pytest.raises(UnsupportedError, match="changes texts first"):
+        vocabulary(save(tmp_path, tokenizer), 300)
 
 
 def test_rows_without_a_token_are_padded_and_tokens_without_a_row_refused(tmp_path: Path) -> None:
@@ -94,6 +124,53 @@ def test_rows_without_a_token_are_padded_and_tokens_without_a_row_refused(tmp_pa
     assert found["tokenizer.ggml.tokens"][-1] == "[PAD303]" and found["tokenizer.ggml.token_type"][-1] == 5
     with pytest.raises(SourceError, match="the embedding 299 rows"):
         vocabulary(tmp_path, 299)
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
+    """Gemma 3 1B has a token for images, and one row less."""
+    tokenizer = byte_level(GPT2)
+    tokenizer.add_special_tokens(["<image>"])
+    save(tmp_path, tokenizer)
+    assert count(tmp_path) == 301
+    assert "<image>" not in vocabulary(tmp_path, 300)["tokenizer.ggml.tokens"]  # type: ignore[operator]
+
+
+def test_added_tokens_are_control_tokens_or_text(tmp_path: Path) -> None:
+    tokenizer = byte_level(GPT2)
+    tokenizer.add_special_tokens(["<special>"])
+    tokenizer.add_tokens(["<|looks|>", "<think>"])
+    found: dict[str, Any] = vocabulary(save(tmp_path, tokenizer), 303)
+    assert found["tokenizer.ggml.token_type"][300:] == [3, 3, 4]
+
+
+def test_tokens_of_equal_text_are_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level(GPT2)
+    tokenizer.add_tokens(["[PAD302]"])
+    with pytest.raises(UnsupportedError, match=r"two tokens are '\[PAD302\]'"):
+        vocabulary(save(tmp_path, tokenizer), 303)
+
+
+def test_specials_by_name_and_by_text_and_several_templates(tmp_path: Path) -> None:
+    tokenizer = byte_level(GPT2)
+    tokenizer.add_special_tokens(["<|im_end|>", "<|eom_id|>", "<pre>"])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<s>", prefix_token="<pre>"
+    )
+    wrapped.chat_template = {"default": "A", "tool use": "B"}
+    wrapped.save_pretrained(tmp_path)
+    found = vocabulary(tmp_path, 303)
+    numbers = {
+        name: found.get(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "eot", "eom", "fim_pre")
+    }
+    assert numbers == {"padding": 0, "eot": 300, "eom": 301, "fim_pre": 302}
+    assert found["tokenizer.chat_template"] == "A" and found["tokenizer.chat_template.tool_use"] == "B"
+    assert found["tokenizer.chat_templates"] == ["tool_use"]
+
+
+def test_a_tokenizer_without_ends_is_refused(tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(GPT2)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="no begin and no end token"):
+        vocabulary(tmp_path, 300)
 
 
 def test_tokens_around_a_text_are_those_that_the_tokenizer_adds(tmp_path: Path) -> None:
@@ -133,9 +210,59 @@ def test_scores_make_sentencepiece_merge_as_the_tokenizer_does(tmp_path: Path) -
     assert vocabulary(bare, tokenizer.get_vocab_size())["tokenizer.ggml.add_space_prefix"] is False
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "pre", "why"),
+    [
+        (normalizers.NFKC(), None, "prepares texts with {'type': 'NFKC'}"),
+        (normalizers.Replace(" ", "_"), None, "'content': '_'"),
+        (None, pre_tokenizers.Whitespace(), "'Whitespace'"),
+    ],
+)
+def test_spaces_that_are_treated_otherwise_are_refused(
+    normalizer: Any, pre: Any, why: str, tmp_path: Path
+) -> None:
+    tokenizer = sentencepiece()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre
+    with pytest.raises(UnsupportedError, match=why):
+        vocabulary(save(tmp_path, tokenizer), 340)
+
+
+def test_tokens_over_several_words_are_refused_where_words_are_kept_apart(tmp_path: Path) -> None:
+    content = json.loads(sentencepiece().to_str())
+    content["model"]["vocab"]["▁▁"] = 900
+    content["model"]["merges"].append(["▁", "▁"])
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizers.Metaspace(split=True)
+    with pytest.raises(UnsupportedError, match="reach over several"):
+        vocabulary(save(tmp_path, tokenizer), 901)
+
+
+def test_letters_without_bytes_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "▁": 2, "a": 3}, [], unk_token="<s>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    with pytest.raises(UnsupportedError, match="no tokens for single bytes"):
+        vocabulary(save(tmp_path, tokenizer), 4)
+
+
 def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no tokenizer.json"):
+    with pytest.raises(SourceError, match="holds no tokenizer"):
+        vocabulary(tmp_path, 10)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match="`model` is missing"):
         vocabulary(tmp_path, 10)
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
     with pytest.raises(UnsupportedError, match="'WordLevel'"):
-        vocabulary(save(tmp_path, words), 2)
+        vocabulary(save(tmp_path / "words", words), 2)
+    pieces = Tokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0))
+    assert count(save(tmp_path / "pieces", pieces)) == 3
+    with pytest.raises(UnsupportedError, match="'Unigram'"):
+        vocabulary(tmp_path / "pieces", 3)
+
+
+def test_names_of_published_tokenizers_come_from_their_ids() -> None:
+    assert hashlib.sha256(PROBE.encode()).hexdigest() == (
+        "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
+    )
+    # the ids that GPT-2 gives the text are not at hand: any others have no name
+    assert known_name(lambda text, **_: {"input_ids": [1, 2, 3]}) is None  # type: ignore[arg-type]
+    assert NAMES["3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454"] == "gpt-2"
