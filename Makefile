@@ -42,12 +42,15 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # The engines that read what quantkit writes: larger, and parts are compiled. They have a venv of their
-# own, because gptqmodel pins an older numpy than the one that `make test` uses.
+# own, because gptqmodel pins an older numpy than the one that `make test` uses. llama.cpp is compiled, which
+# takes ten minutes; without what is special to this processor, so that the same wheel runs anywhere.
 $(INTEROP): pyproject.toml constraints.txt
 	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,awq,bitsandbytes,hqq]' \
+	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,awq,bitsandbytes,hqq,gguf]' \
 		'auto-round>=0.16,<0.17'
+	CMAKE_ARGS=-DGGML_NATIVE=OFF CMAKE_BUILD_PARALLEL_LEVEL=2 \
+		$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt 'llama-cpp-python>=0.3.36,<0.4'
 	touch $@
 
 clean:

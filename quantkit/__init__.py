@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantkit.recipe.rules import Rule
     from quantkit.recipe.shorthand import parse_targets
     from quantkit.recipe.spec import Calibration, Device, Eval, EvalText, Gates, Output, Recipe, Target
+    from quantkit.run.calibrate import collect_imatrix, merge_imatrix
     from quantkit.run.convert import convert
     from quantkit.run.inspect import inspect
     from quantkit.run.plan import plan
@@ -36,11 +37,13 @@ __all__ = [
     "Rule",
     "Target",
     "__version__",
+    "collect_imatrix",
     "convert",
     "dump_recipe",
     "export",
     "inspect",
     "load_recipe",
+    "merge_imatrix",
     "parse_targets",
     "plan",
     "score",
@@ -52,11 +55,13 @@ _HOME = (
     *((name, _SPEC, name) for name in ("Calibration", "Device", "Eval", "EvalText", "Gates")),
     *((name, _SPEC, name) for name in ("Output", "Recipe", "Rule", "Target")),
     ("QuantkitError", "quantkit.errors", "QuantkitError"),
+    ("collect_imatrix", "quantkit.run.calibrate", "collect_imatrix"),
     ("convert", "quantkit.run.convert", "convert"),
     ("dump_recipe", "quantkit.recipe.dump", "dump"),
     ("export", "quantkit.run.repack", "repack"),
     ("inspect", "quantkit.run.inspect", "inspect"),
     ("load_recipe", "quantkit.recipe.load", "load_recipe"),
+    ("merge_imatrix", "quantkit.run.calibrate", "merge_imatrix"),
     ("parse_targets", "quantkit.recipe.shorthand", "parse_targets"),
     ("plan", "quantkit.run.plan", "plan"),
     ("score", "quantkit.run.score", "score"),

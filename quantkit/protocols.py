@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from quantkit.schemes import CacheDtype, Convention, Scheme
 from quantkit.tensors import QuantizedLinear, QuantizedTensor
 
 P = TypeVar("P")
+Container = Literal["safetensors", "gguf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,12 @@ class Transform(Protocol):
 
 class Format(Protocol):
     """Lays out bytes and reads them back; never changes a code."""
+
+    @property
+    def container(self) -> Container:
+        """What the files are: safetensors beside a config.json, or GGUF, where a file is a whole model with
+        names of its own and embedding and head are quantized as everything else."""
+        ...
 
     def scale_dtype(self, source_dtype: str) -> str:
         """dtype in which this format stores scales for a source of `source_dtype`."""

@@ -15,8 +15,8 @@ from typing import Literal
 
 from quantkit.errors import RecipeError
 
-Kind = Literal["methods", "formats", "transforms"]
-_SINGULAR = {"methods": "method", "formats": "format", "transforms": "transform"}
+Kind = Literal["methods", "formats", "transforms", "allocate"]
+_SINGULAR = {"methods": "method", "formats": "format", "transforms": "transform", "allocate": "mix"}
 
 
 def names(kind: Kind) -> tuple[str, ...]:

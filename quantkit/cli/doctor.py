@@ -35,7 +35,7 @@ _OPTIONAL = (
 @click.command("doctor", cls=Command, examples=("quantkit doctor", "quantkit doctor --json"))
 @common_options
 def command(**flags: Any) -> None:
-    """Report on this installation: versions, memory, devices, optional packages."""
+    """Report on this installation: versions, memory, devices, packages."""
     output = Output.from_flags(flags)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     facts = {

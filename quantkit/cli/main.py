@@ -21,15 +21,16 @@ from quantkit.errors import QuantkitError, RecipeError
 
 EXAMPLES = (
     "quantkit convert Qwen/Qwen3-0.6B --to gptq:w4g128 -o out/",
-    "quantkit plan ./my-model --to gptq:w4g128 --to compressed_tensors:w8",
+    "quantkit convert ./my-model --to gguf:q4_k_m,q6_k --to gptq:w4g128",
     "quantkit convert -r recipe.yaml --set calibration.rows=128",
 )
 # Help of each command stands here as well as there, so that the first screen imports none of them.
 COMMANDS = {
     "Make": {
-        "convert": "Quantize a model to one or more targets, check and measure the results.",
+        "convert": "Quantize a model to targets, check and measure the results.",
         "plan": "Show sizes, memory and problems of a conversion without doing it.",
         "export": "Store a quantized FOLDER in another format, bit for bit.",
+        "calibrate": "Collect an importance matrix (imatrix), or merge some.",
     },
     "Look": {
         "inspect": "Show what a model FOLDER holds: architecture, dtypes, quantization.",
@@ -39,7 +40,7 @@ COMMANDS = {
         "recipes": "List, copy and check recipes.",
     },
     "Help": {
-        "doctor": "Report on this installation: versions, memory, devices, optional packages.",
+        "doctor": "Report on this installation: versions, memory, devices, packages.",
     },
 }
 

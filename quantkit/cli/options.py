@@ -55,6 +55,7 @@ FLAGS = (
     Flag(("--calib-rows",), "calibration.rows", "Calibration", "N"),
     Flag(("--calib-length",), "calibration.length", "Calibration", "TOKENS"),
     Flag(("--calib-seed",), "calibration.seed", "Calibration", "N"),
+    Flag(("--imatrix",), "calibration.imatrix", "Calibration", "FILE"),
     Flag(("--device",), "device.map", "Resources", "DEVICE"),
     Flag(("--max-memory",), "device.max_memory", "Resources", "SIZE"),
     Flag(("--dtype",), "device.dtype", "Resources"),

@@ -28,7 +28,7 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.model.graph import Weight
-from quantkit.protocols import FormatFacts
+from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear
 
@@ -74,6 +74,10 @@ def parse(text: str) -> Scheme:
 @dataclass(frozen=True, slots=True)
 class Hqq:
     """The format; it has no parameters."""
+
+    @property
+    def container(self) -> Container:
+        return "safetensors"
 
     def scale_dtype(self, source_dtype: str) -> str:
         # the loader's default, whatever the source: bfloat16 has 8 digits for a zero point of 5.37 or 130.4

@@ -12,22 +12,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
+from quantkit.gguf import rounding
 from quantkit.numerics import cholesky, feedback
 from quantkit.numerics.corrected import correction, loss
 from quantkit.numerics.curvature import curvature
 from quantkit.numerics.grids import SCALES, Scales
 from quantkit.numerics.nearest import Grid, assemble, fit_groups, nearest
-from quantkit.numerics.solve import Order, Seen, Solved, Solver, Steps
+from quantkit.numerics.solve import Order, Seen, Solver, Steps
 from quantkit.numerics.stored import stored_of
 from quantkit.protocols import Outcome
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine
+from quantkit.tensors import Affine, QuantizedTensor, dequantize, stacked
+
+T = TypeVar("T")
 
 SUMMARY = "error feedback on searched scales, calibrated; the default for 2 to 4 bits"
 
@@ -147,19 +151,42 @@ class Gptq:
             return f"gptq solves rows separately; one scale {shared} ties them; use the method rtn"
         if self.regroups_columns and not scheme.plain:
             return "act_order free regroups columns of plain integers only"
+        if scheme.ggml and rounding.solvable(scheme) and self.params.scales != "weighted":
+            return f"{scheme.numbers} has scales of its own kind; gptq searches them by importance: scales weighted"
+        if scheme.ggml and self.params.act_order == "static":
+            return f"scales of {scheme.numbers} are searched on the way; use act_order group_aware or off"
         return None
 
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Prepared:
         if stats is None or stats.gram is None or stats.tokens == 0:
             raise NumericsError("gptq needs calibration, and no token reached this site")
+        if scheme.ggml and not rounding.solvable(scheme):
+            seen = curvature(stats.gram, stats.tokens, shrink=False)
+            return Prepared(Seen(seen, None, stats.importance(), None))
         judges = self._judges and stats.held is not None and stats.held.tokens >= _JUDGED_TOKENS
         return replace(self._prepared(stats, scheme), stats=stats if judges else None)
 
     def quantize(self, weight: Tensor, prepared: Prepared, scheme: Scheme) -> Outcome:
         whole = prepared.whole
+        if whole.factor is None and scheme.ggml:
+            return Outcome(rounding.nearest(weight, scheme, whole.importance), whole.note)
         if whole.factor is None:
             return Outcome(nearest(weight, scheme, self.params.scales, whole.importance), whole.note)
         share, stages = self._decided(weight, prepared, scheme)
+        facts = {} if prepared.stats is None else {"refinements": float(stages - 1)}
+        if prepared.correction is not None:
+            facts["corrected"] = share
+        return Outcome(self._solved(weight, prepared, scheme, share, stages), whole.note, facts)
+
+    def _solved(
+        self, weight: Tensor, prepared: Prepared, scheme: Scheme, share: float, stages: int
+    ) -> QuantizedTensor:
+        """The result of stage number `stages` for all rows."""
+        whole = prepared.whole
+        if scheme.ggml:
+            target = _corrected(weight, prepared, share)
+            runs = (rounding.stages(target[rows], scheme, whole, self._steps) for rows in _pieces(weight))
+            return stacked([_nth(run, stages) for run in runs])
         solver, target, fixed = self._set_up(weight, prepared, scheme, share)
         pieces = []
         for rows in _pieces(weight):
@@ -172,10 +199,7 @@ class Gptq:
         result = assemble(codes, kept, torch.cat(zeros) if zeros else None, scheme)
         if self.params.act_order == "free" and isinstance(result, Affine):
             result = replace(result, column_group=_column_group(whole.curvature.order, scheme))
-        facts = {} if prepared.stats is None else {"refinements": float(stages - 1)}
-        if prepared.correction is not None:
-            facts["corrected"] = share
-        return Outcome(result, whole.note, facts)
+        return result
 
     @property
     def _steps(self) -> Steps:
@@ -211,8 +235,7 @@ class Gptq:
         One group per row has the same grid whether it is fitted before or when its first column is met.
         """
         seen, width = prepared.whole, weight.shape[1]
-        if share and prepared.correction is not None:
-            weight = weight + share * (weight @ prepared.correction)
+        weight = _corrected(weight, prepared, share)
         solver = Solver(seen, scheme, stored_of(scheme, weight), self.params.act_order, self.params.scales)
         fixed = None
         if self.params.act_order == "static" or scheme.nested or (scheme.group_size or width) == width:
@@ -231,14 +254,24 @@ class Gptq:
         chosen = weight[:: -(-weight.shape[0] // _TRIAL_ROWS)].contiguous()
         best, decided = torch.inf, (0.0, 1)
         for share in dict.fromkeys((0.0, wanted)):
-            solver, target, fixed = self._set_up(chosen, trial, scheme, share)
-            for number, stage in enumerate(solver.stages(target, self._steps, fixed), 1):
-                found = loss(chosen, stage.values, held.gram, held.cross)
+            for number, values in enumerate(self._tried(chosen, trial, scheme, share), 1):
+                found = loss(chosen, values, held.gram, held.cross)
                 if found < best:
                     best, decided = found, (share, number)
         return decided
 
+    def _tried(self, weight: Tensor, prepared: Prepared, scheme: Scheme, share: float) -> Iterator[Tensor]:
+        """(rows, in) fp32 values after every stage."""
+        if scheme.ggml:
+            target = _corrected(weight, prepared, share)
+            found = rounding.stages(target, scheme, prepared.whole, self._steps)
+            return (dequantize(q) for q in found)
+        solver, target, fixed = self._set_up(weight, prepared, scheme, share)
+        return (stage.values for stage in solver.stages(target, self._steps, fixed))
+
     def _order(self, diagonal: Tensor, scheme: Scheme) -> Tensor:
+        if scheme.ggml and self.params.act_order != "off":
+            return rounding.order(scheme, diagonal)
         match self.params.act_order:
             case "off":
                 return feedback.natural(diagonal.shape[0], diagonal.device)
@@ -259,6 +292,13 @@ def _pieces(weight: Tensor) -> Iterator[slice]:
         yield slice(at, at + rows)
 
 
+def _corrected(weight: Tensor, prepared: Prepared, share: float) -> Tensor:
+    """What is rounded in place of `weight`, see `Params.corrected`."""
+    if not share or prepared.correction is None:
+        return weight
+    return weight + share * (weight @ prepared.correction)
+
+
 def _cut(grid: Grid | None, rows: slice) -> Grid | None:
     """The grids of some rows; their stored form stays that of all."""
     if grid is None:
@@ -266,7 +306,7 @@ def _cut(grid: Grid | None, rows: slice) -> Grid | None:
     return replace(grid, scale=grid.scale[rows], zero=None if grid.zero is None else grid.zero[rows])
 
 
-def _nth(stages: Iterator[Solved], number: int) -> Solved:
+def _nth(stages: Iterator[T], number: int) -> T:
     """The result of stage `number`, counted from 1, or of the last one there is."""
     return list(itertools.islice(stages, number))[-1]
 

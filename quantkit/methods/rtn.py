@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import NumericsError, RecipeError
+from quantkit.gguf import rounding
 from quantkit.numerics.grids import SCALES, Scales
 from quantkit.numerics.nearest import nearest
 from quantkit.protocols import Outcome
@@ -19,7 +20,8 @@ SUMMARY = "round to nearest; data-free unless scales are weighted"
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """scales: `container` (the convention of the format's own tools), a convention by name (`absmax`,
+    """scales: `container` (the convention of the format's own tools; ggml's types without one are searched), a
+    convention by name (`absmax`,
     `half_step`, `full_range`: see `numerics.grids`), `mse` (searched) or `weighted` (by importance)."""
 
     scales: Literal[Scales, "container"] = "container"
@@ -49,8 +51,17 @@ class Rtn:
         return False
 
     def accepts(self, scheme: Scheme) -> str | None:
-        mixed = scheme.activations is not None and scheme.activations.outliers is not None
-        return "LLM.int8 fixes how weights are rounded; use the method llm_int8" if mixed else None
+        if scheme.activations is not None and scheme.activations.outliers is not None:
+            return "LLM.int8 fixes how weights are rounded; use the method llm_int8"
+        if not scheme.ggml:
+            return None
+        if self.params.scales not in ("container", "mse", "weighted"):
+            return f"{scheme.numbers} has scales of its own kind; use scales container, mse or weighted"
+        if scheme.numbers in rounding.STARVED and self.params.scales != "weighted":
+            return (
+                f"{scheme.numbers} needs to know which inputs matter; use the method gptq, or scales weighted"
+            )
+        return None
 
     def prepare(self, stats: Statistics | None, scheme: Scheme) -> Tensor | None:
         if self.needs is Need.NOTHING:
@@ -60,6 +71,10 @@ class Rtn:
         return stats.importance()
 
     def quantize(self, weight: Tensor, prepared: Tensor | None, scheme: Scheme) -> Outcome:
+        if scheme.ggml and self.params.scales == "container":
+            return Outcome(rounding.convention(weight, scheme))
+        if scheme.ggml:
+            return Outcome(rounding.nearest(weight, scheme, prepared))
         scales = scheme.convention if self.params.scales == "container" else self.params.scales
         return Outcome(nearest(weight, scheme, scales, prepared))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,10 @@ class Runtime:
             _assign(model, name, tensor)
         restore_buffers(model, model, device)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """(rows, length, hidden) states entering block 0, from (rows, length) token ids.
 
+        table: (vocabulary, width) rows to take in place of the checkpoint's, in the runtime's dtype.
         UnsupportedError when blocks are given more about the tokens than their hidden states.
         """
         self._open_end(0)
@@ -74,7 +76,7 @@ class Runtime:
             calls.append(call)
             return hidden
 
-        with torch.no_grad():
+        with torch.no_grad(), self._in_place(0, table):
             self.skeleton.forward(visit, head=False, input_ids=tokens.to(self.device, torch.int64))
         if not self._checked:
             check_independent(calls, self._calls_for(*tokens.shape))
@@ -118,18 +120,29 @@ class Runtime:
         """
         return self._source.read(name).to(self.device)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, length, vocabulary) logits from the (rows, length, hidden) states after the last block."""
+    def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
+        """(rows, length, vocabulary) logits from the (rows, length, hidden) states after the last block.
+
+        head: (vocabulary, hidden) weights to use in place of the checkpoint's, in the runtime's dtype.
+        """
         self._open_end(1)
+        with self._in_place(1, head):
+            logits: Tensor = self._after_blocks(hidden, head=True).logits
+        return logits
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """(rows, length, hidden) states entering the head, from those after the last block."""
+        states: Tensor = self._after_blocks(hidden, head=False).last_hidden_state
+        return states
+
+    def _after_blocks(self, hidden: Tensor, *, head: bool) -> Any:
         last = len(self.skeleton.blocks) - 1
 
         def visit(index: int, passing: Tensor, _call: Call) -> Tensor:
             return hidden if index == last else passing
 
         with torch.no_grad():
-            out = self.skeleton.forward(visit, head=True, inputs_embeds=self._zeros(*hidden.shape[:2]))
-        logits: Tensor = out.logits
-        return logits
+            return self.skeleton.forward(visit, head=head, inputs_embeds=self._zeros(*hidden.shape[:2]))
 
     def release_head(self) -> None:
         """Drop the head; the next `logits` reads it again."""
@@ -153,6 +166,19 @@ class Runtime:
 
     def _zeros(self, rows: int, length: int) -> Tensor:
         return torch.zeros(rows, length, self.skeleton.width, dtype=self.dtype, device=self.device)
+
+    @contextmanager
+    def _in_place(self, end: int, other: Tensor | None) -> Iterator[None]:
+        """`other` as the weights of an end that is open; None: its own."""
+        name = self.skeleton.ends[end]
+        if other is None or name is None:
+            yield
+            return
+        _assign(self.skeleton.model, name, other)
+        try:
+            yield
+        finally:
+            _assign(self.skeleton.model, name, self._ends[end][1])
 
     def _open_end(self, end: int) -> None:
         """Give the embedding (0) or the head (1) its weights; tied ones share them."""

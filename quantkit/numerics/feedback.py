@@ -156,7 +156,7 @@ def round_with_feedback(
                 scale, zero = grids.at(j, compensated)
                 target = w_io[j] + pull[k] / pivots[k]
                 code = levels.codes(target, scale, zero)
-                value = levels.units(code, zero) * scale
+                value = levels.values(code, scale, zero)
                 codes_io[j] = code
                 torch.sub(w_io[j], value, out=error_io[j])
                 loss_o += target.sub_(value).mul_(pivots[k]).square_()

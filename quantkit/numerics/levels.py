@@ -67,6 +67,10 @@ class Levels(Protocol):
         """What the scale multiplies: code − zero, or the table's value."""
         ...
 
+    def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The weights that codes stand for."""
+        ...
+
     def stored(self, codes: Tensor) -> Tensor:
         """Codes as a `QuantizedTensor` holds them: integers of 8 bits, places in the file's table, floats."""
         ...
@@ -115,6 +119,9 @@ class Integers:
 
     def units(self, codes: Tensor, zero: Tensor | None) -> Tensor:
         return codes if zero is None else codes - zero
+
+    def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return self.units(codes, zero) * scale
 
     def stored(self, codes: Tensor) -> Tensor:
         return codes.to(torch.int8 if self.sym else torch.uint8)
@@ -178,6 +185,9 @@ class Table:
     def units(self, codes: Tensor, zero: Tensor | None) -> Tensor:
         return self.points.to(codes.device)[codes.to(torch.int32)]
 
+    def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return self.units(codes, zero) * scale
+
     def stored(self, codes: Tensor) -> Tensor:
         return self.in_file.to(codes.device)[codes.to(torch.int32)]
 
@@ -202,6 +212,9 @@ class E4M3:
     def units(self, codes: Tensor, zero: Tensor | None) -> Tensor:
         return codes
 
+    def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return self.units(codes, zero) * scale
+
     def stored(self, codes: Tensor) -> Tensor:
         return codes.to(torch.float8_e4m3fn)
 
@@ -221,6 +234,8 @@ def levels_of(scheme: Scheme) -> Levels:
             return _TABLES[scheme.numbers]
         case "mxfp4" | "nvfp4":
             return _TABLES["mxfp4"]
+        case _:
+            raise ValueError(f"{scheme.name} has points of its own: see numerics.superblocks and lattices")
 
 
 def table_of(scheme: Scheme) -> Table:

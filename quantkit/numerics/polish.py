@@ -30,7 +30,7 @@ def polish(
     share one update of M: inside a batch only the rows of M still to be read in it are kept current.
     """
     width = codes_io.shape[0]
-    value_io = torch.stack([_value(codes_io[j], *grids.at(j), levels) for j in range(width)])
+    value_io = torch.stack([levels.values(codes_io[j], *grids.at(j)) for j in range(width)])
     m_io = torch.empty_like(w_io)
     for start in range(0, width, batch_columns):
         end = min(start + batch_columns, width)
@@ -48,7 +48,7 @@ def polish(
                     k = j - start
                     scale, zero = grids.at(j)
                     code = levels.codes(value_io[j] - inside[k] / diagonal[j], scale, zero)
-                    value = _value(code, scale, zero, levels)
+                    value = levels.values(code, scale, zero)
                     torch.sub(value, value_io[j], out=change[k])
                     inside[k + 1 : last - start].addr_(coupling[k, j + 1 : last], change[k])
                     value_io[j] = value
@@ -56,7 +56,3 @@ def polish(
                 done = slice(first - start, last - start)
                 inside[last - start :].addmm_(coupling[done, last:end].T, change[done])
             m_io.addmm_(coupling.T, change)
-
-
-def _value(code: Tensor, scale: Tensor, zero: Tensor | None, levels: Levels) -> Tensor:
-    return levels.units(code, zero) * scale

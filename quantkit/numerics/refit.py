@@ -7,31 +7,45 @@ are coupled by the gram, which a search group by group cannot see. Rows are inde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from quantkit.numerics.curvature import Curvature
-from quantkit.numerics.stored import Stored
 
 # pull towards the scales as they are: groups without units, or nearly dependent ones, stay where they were
 _RIDGE = 1e-4
-# elements of the (rows, groups, groups) systems held at once
+# elements of the (rows, scales, scales) systems held at once
 _SYSTEMS = 1 << 22
 
 
-def refit(
-    units_io: Tensor, w_io: Tensor, scale_og: Tensor, group_of: Tensor, curvature: Curvature, stored: Stored
-) -> Tensor:
-    """(out, groups) fp32 scales as stored; a row whose loss would not fall keeps its own.
+class Rounding(Protocol):
+    """How a file keeps scales."""
 
-    units_io, w_io (in, out) fp32 in the processing order of `curvature`; scale_og (out, groups) fp32;
-    group_of (in,) int64 group of each processing position. Scales keep their sign.
+    def round(self, scale: Tensor) -> Tensor: ...
+
+
+def refit(
+    bases: Sequence[Tensor],
+    w_io: Tensor,
+    scale_og: Tensor,
+    group_of: Tensor,
+    curvature: Curvature,
+    stored: Rounding,
+) -> Tensor:
+    """(out, bases · groups) fp32 scales as stored; a row whose loss would not fall keeps its own.
+
+    bases: (in, out) units that scales multiply; several where a group has more than one scale (a minimum), ŵ
+    being the sum of all. w_io (in, out) fp32; all in the processing order of `curvature`. scale_og (out,
+    bases · groups) fp32, basis by basis; group_of (in,) int64 group of each position. Scales keep their sign.
     """
-    out, groups = scale_og.shape
-    step = max(1, _SYSTEMS // (groups * groups))
+    out, scales = scale_og.shape
+    step = max(1, _SYSTEMS // (scales * scales))
     parts = [
         _rows(
-            units_io[:, at : at + step],
+            [u[:, at : at + step] for u in bases],
             w_io[:, at : at + step],
             scale_og[at : at + step],
             group_of,
@@ -44,20 +58,31 @@ def refit(
 
 
 def _rows(
-    u: Tensor, w: Tensor, scale: Tensor, group_of: Tensor, curvature: Curvature, stored: Stored
+    bases: Sequence[Tensor],
+    w: Tensor,
+    scale: Tensor,
+    group_of: Tensor,
+    curvature: Curvature,
+    stored: Rounding,
 ) -> Tensor:
-    groups, rows = scale.shape[1], scale.shape[0]
-    system = u.new_zeros(rows, groups, groups)
-    right = u.new_zeros(rows, groups)
+    rows, scales = scale.shape
+    groups = scales // len(bases)
+    system = w.new_zeros(rows, scales, scales)
+    right = w.new_zeros(rows, scales)
     for group in range(groups):
         members = (group_of == group).nonzero().flatten()
-        coupled = _product(curvature, members, u[members])
-        # (in, rows) summed over the inputs of each group
-        system[:, :, group] = u.new_zeros(groups, rows).index_add_(0, group_of, coupled.mul(u)).T
-        right[:, group] = (coupled * w).sum(0)
+        for a, u in enumerate(bases):
+            coupled = _product(curvature, members, u[members])
+            right[:, a * groups + group] = (coupled * w).sum(0)
+            for b, v in enumerate(bases):
+                # (in, rows) summed over the inputs of each group
+                summed = w.new_zeros(groups, rows).index_add_(0, group_of, coupled * v)
+                system[:, b * groups : (b + 1) * groups, a * groups + group] = summed.T
     diagonal = system.diagonal(dim1=1, dim2=2)
-    pull = _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-    damped = system + torch.diag_embed(pull.expand(rows, groups))
+    # scales of one basis are alike, those of two may be far apart
+    mean = diagonal.view(rows, -1, groups).mean(2, keepdim=True).expand(-1, -1, groups).reshape(rows, scales)
+    pull = _RIDGE * mean + torch.finfo(torch.float32).tiny
+    damped = system + torch.diag_embed(pull)
     wanted = torch.linalg.solve(damped, right + pull * scale)
     found = torch.where(torch.isfinite(wanted) & (wanted * scale > 0), wanted, scale)
     found = stored.round(found)

@@ -115,7 +115,7 @@ class Solver:
             return
         for _ in range(steps.refits):
             units = levels.units(codes_io, None if zero is None else zero.T[group_of])
-            scale = refit(units, w_io, scale, group_of, curvature, self.stored)
+            scale = refit([units], w_io, scale, group_of, curvature, self.stored)
             polish(codes_io, w_io, curvature, StaticGroups(scale, zero, group_of), levels, 1)
         yield self._in_file_order(codes_io, scale, zero, group_of, back)
 

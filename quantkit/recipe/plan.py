@@ -12,9 +12,12 @@ from typing import Any
 from quantkit import registry
 from quantkit.calibrate.statistics import Need
 from quantkit.errors import RecipeError, UnsupportedError
+from quantkit.gguf.architectures import Model
 from quantkit.model.fused import attention_of
 from quantkit.model.graph import Block, ModelGraph, Weight
 from quantkit.protocols import Assigned, Format, FormatFacts, Quantizer, Transform, Tunable, Tuner
+from quantkit.recipe import mix, plugins
+from quantkit.recipe.mix import Assignment
 from quantkit.recipe.spec import Recipe, Rule, Target
 from quantkit.schemes import Scheme
 
@@ -25,7 +28,11 @@ NUMERICS_VERSION = 3
 
 @dataclass(frozen=True, slots=True)
 class TargetPlan:
-    """One target with nothing left to decide."""
+    """One target with nothing left to decide.
+
+    schemes  by `Weight.key`: of every matrix inside the blocks, and outside where the format quantizes it
+    notes    what was decided otherwise than asked, and why
+    """
 
     target: Target
     quantizer: Quantizer[Any]
@@ -34,14 +41,15 @@ class TargetPlan:
     default: Scheme
     schemes: Mapping[str, Scheme | None]
     facts: FormatFacts
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.target.name
 
     def scheme_of(self, weight: Weight) -> Scheme | None:
-        """The scheme of a weight inside the blocks, or None when it is kept."""
-        return self.schemes[weight.key]
+        """The scheme of a weight, or None when it is kept."""
+        return self.schemes.get(weight.key)
 
     def quantized(self) -> Iterator[Assigned]:
         """The weights that change, in model order."""
@@ -89,6 +97,16 @@ class TargetPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """What is known of a source beside its graph: its config.json, shapes of tensors by checkpoint name."""
+
+    dtype: str
+    model_type: str
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """What can be done, and what stands in the way: `blockers` by target name."""
 
@@ -111,55 +129,41 @@ def key_of(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resolve(
-    recipe: Recipe, graph: ModelGraph, source_dtype: str, version: str, model_type: str = ""
-) -> Resolved:
+def resolve(recipe: Recipe, graph: ModelGraph, source: Described, version: str) -> Resolved:
     """Assign every weight of every target. Nothing raises here but a broken plugin: all that cannot be
     done is collected, so that a user sees every problem at once."""
-    blockers = [_unmatched(rule, graph) for rule in _all_rules(recipe)]
+    others = _file_names(recipe, graph, source)
+    blockers = [_unmatched(rule, graph, others) for rule in _all_rules(recipe)]
     plans = []
     for target in recipe.targets:
-        plan, problems = _resolve_target(recipe, target, graph, source_dtype, version, model_type)
+        plan, problems = _resolve_target(recipe, target, graph, source, version)
         plans.append(plan)
         blockers += [f"{target.name}: {problem}" for problem in problems]
     return Resolved(tuple(plans), tuple(b for b in blockers if b))
 
 
 def _resolve_target(
-    recipe: Recipe, target: Target, graph: ModelGraph, source_dtype: str, version: str, model_type: str
+    recipe: Recipe, target: Target, graph: ModelGraph, source: Described, version: str
 ) -> tuple[TargetPlan, list[str]]:
     fmt: Format = registry.load("formats", target.format).FORMAT
     quantizer: Quantizer[Any] = registry.load("methods", target.method).quantizer(target.params)
     transforms: tuple[Transform, ...] = tuple(
         registry.load("transforms", t.name).transform(t.params) for t in target.transforms
     )
-    default = _as_stored(target.parsed_scheme(), fmt, source_dtype)
-    problems: list[str] = []
-    schemes: dict[str, Scheme | None] = {}
-    assigned = []
-    for block in graph.blocks:
-        for weight in block.weights():
-            try:
-                scheme = _assign(recipe.rules_for(target), weight, block.index, len(graph.blocks), default)
-            except RecipeError as error:
-                scheme = None
-                problems.append(f"`{weight.key}`: {error.message}")
-            if scheme is not None:
-                scheme = _as_stored(scheme, fmt, source_dtype)
-            schemes[weight.key] = scheme
-            assigned.append(Assigned(weight, scheme))
-            # the format first: its usual method may have been chosen for other schemes
-            if scheme is not None and (why := fmt.accepts(scheme, weight) or quantizer.accepts(scheme)):
-                problems.append(f"`{weight.key}` cannot be {scheme.name}: {why}")
-    for weight in graph.outer:
-        scheme = _assign(recipe.rules_for(target), weight, None, len(graph.blocks), None)
-        if scheme is not None:
-            problems.append(
-                f"`{weight.key}` is outside the blocks and stays {source_dtype}: most engines fill a "
-                "quantized head or embedding with random values"
-            )
+    default = _as_stored(target.parsed_scheme(), fmt, source.dtype)
+    rules = recipe.rules_for(target)
+    if default.mix:
+        given = _mixed(target, default, rules, graph, source, needs_of(quantizer, transforms, (default,)))
+    else:
+        given = _uniform(default, rules, graph, fmt, source.dtype)
+    problems = [*given.problems]
+    for weight in _matrices(graph, fmt):
+        scheme = given.schemes.get(weight.key)
+        # the format first: its usual method may have been chosen for other schemes
+        if scheme is not None and (why := fmt.accepts(scheme, weight) or quantizer.accepts(scheme)):
+            problems.append(f"`{weight.key}` cannot be {scheme.name}: {why}")
     facts = FormatFacts(
-        assigned=tuple(assigned),
+        assigned=tuple(Assigned(w, given.schemes.get(w.key)) for w in _matrices(graph, fmt)),
         default=default,
         outer=graph.outer,
         act_order=quantizer.regroups_columns,
@@ -167,11 +171,60 @@ def _resolve_target(
         version=version,
         linears=graph.linears,
         kv_cache=target.kv_cache,
-        dtype=source_dtype,
-        model_type=model_type,
+        dtype=source.dtype,
+        model_type=source.model_type,
     )
-    plan = TargetPlan(target, quantizer, transforms, fmt, default, schemes, facts)
+    plan = TargetPlan(
+        target, quantizer, transforms, fmt, default, given.schemes, facts, _shortened([*given.notes])
+    )
     return plan, [*_shortened(problems), *_target_problems(plan, graph)]
+
+
+def _matrices(graph: ModelGraph, fmt: Format) -> Iterator[Weight]:
+    """What the format quantizes: all of a model, or what is inside its blocks."""
+    yield from graph.weights()
+    if fmt.container == "gguf":
+        yield from graph.outer
+
+
+def _mixed(
+    target: Target,
+    default: Scheme,
+    rules: tuple[Rule, ...],
+    graph: ModelGraph,
+    source: Described,
+    needs: Need,
+) -> Assignment:
+    """What the rules of a preset give."""
+    params = plugins.make_params("allocate", plugins.MIXER, target.mix)
+    try:
+        model = Model.of(source.config)
+        return mix.assign(default, params, rules, model, graph, source.shapes, bool(needs))
+    except UnsupportedError as error:
+        return Assignment({}, (), (error.message,))
+
+
+def _uniform(
+    default: Scheme, rules: tuple[Rule, ...], graph: ModelGraph, fmt: Format, source_dtype: str
+) -> Assignment:
+    """One scheme for all weights of the blocks that no rule is about."""
+    problems: list[str] = []
+    schemes: dict[str, Scheme | None] = {}
+    for block in graph.blocks:
+        for weight in block.weights():
+            try:
+                scheme = _assign(rules, weight, block.index, len(graph.blocks), default)
+            except RecipeError as error:
+                scheme = None
+                problems.append(f"`{weight.key}`: {error.message}")
+            schemes[weight.key] = None if scheme is None else _as_stored(scheme, fmt, source_dtype)
+    for weight in graph.outer:
+        if _assign(rules, weight, None, len(graph.blocks), None) is not None:
+            problems.append(
+                f"`{weight.key}` is outside the blocks and stays {source_dtype}: most engines fill a "
+                "quantized head or embedding with random values"
+            )
+    return Assignment(schemes, (), tuple(problems))
 
 
 def _as_stored(scheme: Scheme, fmt: Format, source_dtype: str) -> Scheme:
@@ -223,11 +276,12 @@ def _all_rules(recipe: Recipe) -> list[Rule]:
     return [*recipe.rules, *(rule for target in recipe.targets for rule in target.rules)]
 
 
-def _unmatched(rule: Rule, graph: ModelGraph) -> str:
-    """A rule that matches nothing is a mistake of spelling, said with close names; else empty."""
+def _unmatched(rule: Rule, graph: ModelGraph, others: Sequence[str]) -> str:
+    """A rule that matches nothing is a mistake of spelling, said with close names; else empty. `others` are
+    names that the matrices have in the files of a target."""
     blocks = len(graph.blocks)
-    modules = [w.module for w in graph.outer]
-    if any(rule.matches(w.module, None, blocks) for w in graph.outer):
+    modules = [*(w.module for w in graph.outer), *others]
+    if any(rule.matches(module, None, blocks) for module in modules):
         return ""
     for block in graph.blocks:
         for weight in block.weights():
@@ -239,8 +293,18 @@ def _unmatched(rule: Rule, graph: ModelGraph) -> str:
     return f"rule {rule.match!r} matches no weight{hint}"
 
 
-def _shortened(problems: list[str]) -> list[str]:
+def _shortened(problems: list[str]) -> tuple[str, ...]:
     """The first three problems and how many more there are: 80 blocks say the same thing 80 times."""
     if len(problems) <= 4:
-        return problems
-    return [*problems[:3], f"{len(problems) - 3:,} more weights likewise"]
+        return tuple(problems)
+    return (*problems[:3], f"{len(problems) - 3:,} more weights likewise")
+
+
+def _file_names(recipe: Recipe, graph: ModelGraph, source: Described) -> list[str]:
+    """What rules may call matrices beside the source's names."""
+    if not any(registry.load("formats", t.format).FORMAT.container == "gguf" for t in recipe.targets):
+        return []
+    try:
+        return mix.names(Model.of(source.config), graph, source.shapes)
+    except UnsupportedError:
+        return []  # said by the target

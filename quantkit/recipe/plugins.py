@@ -11,6 +11,7 @@ from quantkit.errors import RecipeError
 from quantkit.recipe.check import fault, hints, refuse, suggest
 from quantkit.schemes import Scheme, parse_scheme
 
+MIXER = "gguf_mix"
 _METHODS = (("search", "gptq"),)
 _FORMATS = (("ct", "compressed_tensors"), ("bnb", "bitsandbytes"))
 # what people call a result, as the format and the scheme that it stands for
@@ -136,6 +137,15 @@ def make_params(kind: registry.Kind, name: str, given: Mapping[str, Any]) -> Any
             problems.append(f"{key}: {wrong}")
     refuse(problems)
     return cls(**given)
+
+
+def mix_options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of the rules that a preset stands for; RecipeError where there are none."""
+    if scheme.mix:
+        return params_dict(make_params("allocate", MIXER, given))
+    if given:
+        raise RecipeError(f"{', '.join(given)} belong to presets of gguf, and {scheme.name!r} is none")
+    return {}
 
 
 def params_dict(params: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Targets as one string: ``FORMAT[:PRESET[,PRESET...]][@key=value,...]``, upper or lower case.
 
 ``gptq:w4g128``, ``gptq:w4g128,w4g32@method=rtn``, ``nf4``, ``ct:w8a8@transforms=smoothquant,alpha=0.8``.
-The keys `method`, `transforms` (one), `kv_cache`, `feedback` and `name` are the target's; all others are
-parameters of the method, or of the transform where only that knows them.
+The keys `method`, `transforms` (one), `kv_cache`, `feedback` and `name` are the target's; `pure`, `output`
+and `embedding` those of a gguf preset; all others are parameters of the method, or of the transform where
+only that knows them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from quantkit.errors import RecipeError
 from quantkit.recipe import plugins
 from quantkit.recipe.check import from_text, hints, said, suggest
 from quantkit.recipe.spec import Target, TransformSpec
+from quantkit.schemes import Scheme
 
 _OWN = ("method", "kv_cache", "feedback", "name")
 
@@ -37,8 +39,9 @@ def parse_targets(text: str) -> tuple[Target, ...]:
             info, wanted = plugins.resolve_format(name, preset)
             scheme = plugins.scheme_name(wanted, info)
             method = plugins.plugin_name("methods", asked or info.default_method(info.parse(scheme)))
-            options, rescaling = _options(method, transform, given)
-            targets.append(Target(info.name, scheme, method, options, rescaling, **own))
+            mix, rest = _mixed(info.parse(scheme), given)
+            options, rescaling = _options(method, transform, rest)
+            targets.append(Target(info.name, scheme, method, options, rescaling, mix=mix, **own))
         return tuple(targets)
     except RecipeError as error:
         raise RecipeError(f"{text!r}: {said(error)}") from None
@@ -56,6 +59,15 @@ def _pairs(tail: str) -> dict[str, str]:
             raise RecipeError(f"{key}: given twice")
         given[key] = value.strip()
     return given
+
+
+def _mixed(scheme: Scheme, given: dict[str, str]) -> tuple[dict[str, object], dict[str, str]]:
+    """(options of the rules of a preset, what else is given)."""
+    if not scheme.mix:
+        return {}, given
+    known = hints(plugins.params_type("allocate", plugins.MIXER))
+    mix = {key: from_text(text, known[key]) for key, text in given.items() if key in known}
+    return mix, {key: text for key, text in given.items() if key not in known}
 
 
 def _options(

@@ -17,7 +17,7 @@ from quantkit.recipe import plugins
 from quantkit.recipe.check import Range, check_types, complaint, refuse, said
 from quantkit.recipe.rules import Rule
 from quantkit.recipe.sizes import parse_size
-from quantkit.schemes import CacheDtype, Scheme, parse_scheme
+from quantkit.schemes import CacheDtype, Scheme
 
 Scalar = str | int | float | bool
 DEFAULT_SET = "wikitext103"
@@ -85,7 +85,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The text that statistics are taken from. Exactly one of `set` and `file`; default: wikitext103."""
+    """What is known of the inputs of weights: statistics of a text (`set` or `file`; default: wikitext103), or
+    an importance matrix, which holds mean squares alone."""
 
     set: Annotated[str | None, "name of a calibration set, as wikitext103 or embedded"] = None
     file: Annotated[str | None, "text file to calibrate on instead of a set"] = None
@@ -96,13 +97,22 @@ class Calibration:
     seed: Annotated[int | None, "seed of the choice of rows; null: the first rows in order", Range(0)] = 0
     template: Annotated[Literal["raw", "chat"], "raw text, or wrapped in the chat template"] = "raw"
     max_chars: Annotated[int | None, "read no more than this many characters of the text", Range(1)] = None
+    imatrix: Annotated[
+        str | None, "importance matrix of llama.cpp (or quantkit calibrate) in place of text"
+    ] = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.set is not None and self.file is not None:
-            raise RecipeError("file: `set` and `file` exclude each other")
-        if self.set is None and self.file is None:
+        given = [name for name in ("set", "file", "imatrix") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RecipeError(f"{given[1]}: `{given[0]}` and `{given[1]}` exclude each other")
+        if not given:
             object.__setattr__(self, "set", DEFAULT_SET)
+
+    @property
+    def source(self) -> str:
+        """What it is called: a set, or a file."""
+        return self.set or self.file or self.imatrix or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +204,16 @@ class Target:
     feedback: Annotated[bool, "calibrate on the activations of the quantized blocks before"] = False
     name: Annotated[str, "name of the target and its folder"] = ""
     rules: Annotated[tuple[Rule, ...], "rules of this target, tried before the recipe's"] = ()
+    mix: Annotated[Mapping[str, Any], "options of a gguf preset: pure, output, embedding"] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
         info, asked = _located("format", plugins.resolve_format, self.format, self.scheme)
         scheme = _located("scheme", plugins.scheme_name, asked, info)
-        usual = info.default_method(parse_scheme(scheme))
+        usual = info.default_method(info.parse(scheme))
+        mix = _located("mix", plugins.mix_options, info.parse(scheme), self.mix)
         method = plugins.plugin_name("methods", self.method or usual)
         _located("method", plugins.params_type, "methods", method)
         transforms = [transform.name for transform in self.transforms]
@@ -207,6 +221,7 @@ class Target:
                if transforms.count(name) > 1)  # fmt: skip
         parts = [info.name, scheme, *([] if method == usual else [method]), *transforms]
         parts += [f"kv_{self.kv_cache}"] if self.kv_cache else []
+        parts += [key if given is True else f"{key}_{given}" for key, given in mix.items() if given]
         name = self.name or "-".join([*parts, "feedback"] if self.feedback else parts)
         if not _NAME.fullmatch(name) or name.endswith("."):
             raise RecipeError(
@@ -216,6 +231,7 @@ class Target:
         for key, value in (("format", info.name), ("scheme", scheme), ("method", method), ("name", name)):
             object.__setattr__(self, key, value)
         object.__setattr__(self, "options", options)
+        object.__setattr__(self, "mix", mix)
 
     @property
     def params(self) -> Any:
@@ -224,7 +240,7 @@ class Target:
 
     def parsed_scheme(self) -> Scheme:
         """The scheme as a value; its scale dtype is still the format's choice."""
-        return parse_scheme(self.scheme)
+        return plugins.format_info(self.format).parse(self.scheme)
 
 
 def _located(name: str, ask: Any, *arguments: Any) -> Any:

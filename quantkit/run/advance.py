@@ -22,6 +22,8 @@ class Streams:
     ) -> None:
         self._store, self._hidden, self._dtype, self._device = store, hidden, dtype, device
         self.batch_tokens = batch_tokens
+        # streams that do not start as the reference does
+        self.apart: frozenset[str] = frozenset()
         self._written: dict[str, str] = {}
 
     @staticmethod
@@ -29,8 +31,8 @@ class Streams:
         return f"{stream}.{rows.name}"
 
     def file(self, generation: int, stream: str, rows: RowSet) -> StreamFile:
-        """At generation 0 no block has run, so every stream is the reference stream."""
-        name = self.name(stream if generation else REFERENCE, rows)
+        """At generation 0 no block has run, so every stream is the reference stream, unless it is `apart`."""
+        name = self.name(stream if generation or stream in self.apart else REFERENCE, rows)
         path = self._store.stream_path(generation, name)
         return StreamFile(path, rows.rows, rows.length, self._hidden, self._dtype)
 

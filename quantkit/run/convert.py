@@ -18,8 +18,10 @@ from quantkit.recipe.plan import TargetPlan, key_of
 from quantkit.recipe.spec import Recipe
 from quantkit.run import budget
 from quantkit.run.advance import Streams
+from quantkit.run.ends import stages
 from quantkit.run.export import Exporter, free_or_ours, to_json_text
 from quantkit.run.files import parameters
+from quantkit.run.gguf_source import tokenizer_folder
 from quantkit.run.measure import measure
 from quantkit.run.plan import Plan, plan
 from quantkit.run.progress import SILENT, Progress
@@ -51,7 +53,7 @@ def convert(
     progress.step("plan", recipe.source)
     made = plan(recipe, offline=offline, cache_dir=cache_dir)
     made.check()
-    for warning in made.warnings:
+    for warning in (*made.warnings, *(f"{t.name}: {note}" for t in made.targets for note in t.notes)):
         progress.warn(warning)
     run = _Run(made, progress)
     store = RunStore.open(run.out / STORE, restart=restart)
@@ -72,7 +74,10 @@ class _Run:
         self._dtype = budget.compute_dtype(self._recipe.device.dtype, self._device)
         progress.step("calibrate", self._calibration_detail())
         self._rows = build_rows(
-            self._recipe, made.source.path, calibrate=made.needs_calibration, length=made.length
+            self._recipe,
+            tokenizer_folder(made.checkpoint),
+            calibrate=made.needs_calibration and made.known is None,
+            length=made.length,
         )
         self._fingerprint = made.checkpoint.fingerprint()
         self._keys = {t.name: key_of(self._target_facts(t)) for t in made.targets}
@@ -104,8 +109,8 @@ class _Run:
             if not whole[target.name]:
                 self._progress.step("export", target.name)
                 facts = self._manifest(target, reports[-1], manifest_keys[target.name])
-                key, shards = self._keys[target.name], self._plan.shards[target.name]
-                exporter.export(target, key, shards, folders[target.name], facts)
+                key, files = self._keys[target.name], self._plan.files[target.name]
+                exporter.export(target, key, files, folders[target.name], facts)
         store.drop_streams()
         report = self._finish(tuple(reports))
         self._progress.finish()
@@ -125,23 +130,27 @@ class _Run:
             self._rows.collecting,
             tuple(rows for _, rows in self._rows.evaluation),
             self._plan.estimate.statistics,
+            self._plan.known,
         )
         self._progress.step(
             "sweep", f"{len(graph.blocks)} blocks, {', '.join(t.name for t in self._plan.targets)}"
         )
-        Sweep(what, runtime, graph.blocks, store, streams).run(self._progress, stop)
+        sweep = Sweep(what, runtime, graph.blocks, store, streams)
+        sweep.run(self._progress, stop)
         keys = list(dict.fromkeys(self._keys[t.name] for t in self._plan.targets))
         found: Mapping[str, Sequence[Quality]] = {key: [] for key in keys}
         if self._rows.evaluation:
             self._progress.step("evaluate", ", ".join(e.convention for e, _ in self._rows.evaluation))
-            found = measure(runtime, streams, len(graph.blocks), self._rows.evaluation, keys)
+            found = measure(runtime, streams, len(graph.blocks), self._rows.evaluation, keys, sweep.ends)
         store.commit_final(self._scores_key, {key: [q.to_json() for q in qs] for key, qs in found.items()})
 
     def _calibration_detail(self) -> str:
         c = self._recipe.calibration
         if not self._plan.needs_calibration:
             return "no target needs it"
-        return f"{c.rows:,} × {self._plan.length:,} tokens of {c.file or c.set}"
+        if c.imatrix is not None:
+            return f"mean squares of {Path(c.imatrix).name}"
+        return f"{c.rows:,} × {self._plan.length:,} tokens of {c.source}"
 
     def _compute_facts(self) -> dict[str, Any]:
         return {
@@ -155,6 +164,8 @@ class _Run:
         """All that can change a target's codes."""
         calibration = self._rows.calibration
         seen = calibration.sha256 if calibration is not None and target.calibrated else None
+        if self._plan.known is not None and target.calibrated:
+            seen = self._plan.known.sha256
         compute = self._compute_facts() if target.calibrated else {"source": self._fingerprint}
         return {**target.describe(), **compute, "calibration": seen}
 
@@ -162,15 +173,15 @@ class _Run:
         key = self._keys[target.name]
         tensors = [
             TensorMetrics(**row)
-            for block in range(len(self._plan.graph.blocks))
-            for row in store.metrics(key, block)["tensors"]
+            for stage in stages(target, self._plan.graph)
+            for row in store.metrics(key, stage)["tensors"]
         ]
         return TargetReport(
             name=target.name,
             folder=target.name,
             method=target.target.method,
             scheme=target.default.name,
-            size_bytes=self._plan.shards[target.name].total_bytes,
+            size_bytes=self._plan.files[target.name].total_bytes,
             bits_per_weight=self._plan.bits_per_weight(target),
             tensors=tuple(tensors),
             quality=tuple(_quality(q) for q in final or ()),
@@ -189,7 +200,7 @@ class _Run:
                 "revision": source.revision,
                 "fingerprint": self._fingerprint,
             },
-            "calibration": self._rows.calibration_json() if target.calibrated else None,
+            "calibration": self._calibration_json() if target.calibrated else None,
             "options": dict(target.target.options),
             "feedback": target.target.feedback,
             "transforms": [dataclasses.asdict(transform) for transform in target.target.transforms],
@@ -197,12 +208,17 @@ class _Run:
             **shown,
         }
 
+    def _calibration_json(self) -> dict[str, Any] | None:
+        """What a manifest says about what was known of inputs."""
+        known = self._plan.known
+        return self._rows.calibration_json() if known is None else known.to_json()
+
     def _finish(self, targets: tuple[TargetReport, ...]) -> Report:
         checkpoint, graph = self._plan.checkpoint, self._plan.graph
         size = checkpoint.size_bytes
         bpw = size * 8 / parameters(checkpoint, graph)
         report = Report(
-            self._plan.source.name, size, bpw, self._rows.calibration_json(), targets, self._recipe.eval.gates
+            self._plan.source.name, size, bpw, self._calibration_json(), targets, self._recipe.eval.gates
         )
         write_text(self.out / "report.json", to_json_text(report.to_json()))
         write_text(self.out / "recipe.resolved.yaml", dump(self._recipe))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from quantkit import resources
 from quantkit.calibrate.statistics import Need, nbytes
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.writer import ShardPlan
 from quantkit.model.graph import Block, ModelGraph
 from quantkit.recipe.plan import Resolved
 from quantkit.recipe.sizes import format_size
@@ -20,7 +21,14 @@ from quantkit.run import budget
 from quantkit.run.files import quantized_parameters
 
 # Interpreter, torch and transformers before any weight is read, with the allocator's slack.
-_BASE_BYTES = 700 << 20
+BASE_BYTES = 700 << 20
+
+
+class Sized(Protocol):
+    """Planned files."""
+
+    @property
+    def total_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ def estimate(
     resolved: Resolved,
     checkpoint: Checkpoint,
     graph: ModelGraph,
-    shards: dict[str, ShardPlan],
+    shards: Mapping[str, Sized],
 ) -> Estimate:
     on = budget.device(recipe.device.map)
     itemsize = budget.compute_dtype(recipe.device.dtype, on).itemsize
@@ -51,6 +59,10 @@ def estimate(
     tallest = max((sum(w.shape[0] for w in s.weights) for b in graph.blocks for s in b.sites), default=0)
     weights = max((b.parameters for b in graph.blocks), default=0)
     outer = max((w.parameters for w in graph.outer), default=0) * itemsize
+    # a quantized end of the model: in fp32, beside its codes and what they stand for
+    ends = [
+        w.parameters * 9 for w in graph.outer if any(t.scheme_of(w) is not None for t in resolved.targets)
+    ]
     hidden = graph.blocks[0].sites[0].width if graph.blocks else 0
     gram = any(Need.GRAM in t.needs for t in resolved.targets)
     # a block is in memory while rows run through it, and dropped while its sites are solved
@@ -63,7 +75,7 @@ def estimate(
     tuned = any(t.tuner is not None for t in resolved.targets)
     row = (recipe.calibration.length or DEFAULT_LENGTH) * (tallest + widest)
     tune = 4 * (7 * weights + 6 * row) if tuned else 0
-    fixed = _BASE_BYTES + max(outer * 2, forward, solve, forward + tune)
+    fixed = BASE_BYTES + max(outer * 2, forward, solve, forward + tune, *ends)
     needs = functools.reduce(operator.or_, (t.needs for t in resolved.targets), Need.SQUARES)
     every = max((_statistics(b, needs) for b in graph.blocks), default=0)
     allowed = recipe.device.max_bytes or int(0.8 * budget.available(on))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +24,13 @@ from quantkit.errors import CoverageError, UsageError, VerifyError
 from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
 from quantkit.run.files import Entry, Packing, entries
-from quantkit.run.results import BlockResult
+from quantkit.run.gguf import StoreOrigin
+from quantkit.run.gguf_file import GgufFile
+from quantkit.run.results import BlockResult, Results
 from quantkit.run.streams import sha256_file
 from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear
 
 MANIFEST = "quantkit.json"
-
-
-class Results(Protocol):
-    """Where the results of blocks come from."""
-
-    def load(self, key: str, block: int) -> BlockResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +42,19 @@ class Exporter:
     store: Results
 
     def export(
-        self, target: Packing, key: str, shards: ShardPlan, folder: Path, facts: Mapping[str, Any]
+        self, target: Packing, key: str, files: ShardPlan | GgufFile, folder: Path, facts: Mapping[str, Any]
     ) -> None:
         """Write `folder` for one target whose blocks are all committed.
 
         facts is what the manifest says beside the file sums. Raises VerifyError when a file does not
         read back as the store's codes, CoverageError when a weight that should be quantized is not.
         """
-        with building(folder, shards.total_bytes) as partial:
-            config = self.write(target, key, shards, partial)
-            self._read_back(target, key, partial, config)
+        with building(folder, files.total_bytes) as partial:
+            if isinstance(files, GgufFile):
+                files.write(partial, StoreOrigin(self.store, key, self.checkpoint, self.graph))
+            else:
+                config = self.write(target, key, files, partial)
+                self._read_back(target, key, partial, config)
             write_manifest(partial, facts)
 
     def write(self, target: Packing, key: str, shards: ShardPlan, folder: Path) -> Mapping[str, Any]:

@@ -1,45 +1,129 @@
-"""Quantized weights as a GGUF file: codes are repacked into blocks of 32, everything else is copied."""
+"""GGUF files of a run: planned from a target, filled from its results; or from codes that exist already."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import UnsupportedError
-from quantkit.gguf import container
-from quantkit.gguf.blocks import Q8_0, TYPES, BlockType, pack
-from quantkit.gguf.container import Stored, Value
-from quantkit.gguf.models import Model
+from quantkit.errors import CoverageError, UnsupportedError
+from quantkit.gguf import container, naming
+from quantkit.gguf.architectures import Model
+from quantkit.gguf.blocks import TYPES, BlockType, pack
+from quantkit.gguf.mixes import MIXES, Mix
 from quantkit.gguf.vocabulary import vocabulary
-from quantkit.model.graph import ModelGraph
+from quantkit.model.graph import ModelGraph, Weight
+from quantkit.recipe.plan import TargetPlan
+from quantkit.recipe.spec import Output
+from quantkit.run.ends import EMBED
+from quantkit.run.files import parameters
+from quantkit.run.gguf_file import GgufFile
 from quantkit.run.quantized import QuantizedCheckpoint
 from quantkit.run.regrid import regrid
+from quantkit.run.results import BlockResult, Results
 from quantkit.run.survey import ROUND, refuse
 from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, QuantizedLinear
+from quantkit.tensors import Affine, Codebook, QuantizedLinear
 
 _SCALES = "float16"
+# types whose codes are those of plain grids
+_PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Title:
+    """What the model is called, and the Hub id of the source if it has one."""
+
+    name: str
+    repository: str | None = None
+
+
+def plan_target(
+    target: TargetPlan, checkpoint: Checkpoint, graph: ModelGraph, title: Title, shard_bytes: int
+) -> GgufFile:
+    """The file of a target. UnsupportedError with what stands in the way."""
+    return _planned(checkpoint, graph, target.scheme_of, MIXES[target.default.mix], title, shard_bytes)
+
+
+def _planned(
+    view: Checkpoint,
+    graph: ModelGraph,
+    scheme_of: Callable[[Weight], Scheme | None],
+    mix: Mix,
+    title: Title,
+    shard_bytes: int,
+) -> GgufFile:
+    rows = next(w.shape[0] for w in graph.outer if w.role == "embed")
+    size = _size(view, graph)
+    general = naming.general(title.name, size, mix.file_type, view.path, title.repository)
+    metadata = {**general, **vocabulary(view.path, rows)}
+    stem = naming.file_stem(title.name, mix.name)
+    return GgufFile.plan(view, graph, scheme_of, metadata, stem, shard_bytes)
+
+
+def _size(view: Checkpoint, graph: ModelGraph) -> naming.Size:
+    inside = sum(w.parameters for b in graph.blocks for s in b.sites if s.experts for w in s.weights)
+    return naming.Size(parameters(view, graph), inside, Model.of(view.config).experts)
+
+
+class StoreOrigin:
+    """Values of one target from the run store; one block is held at a time."""
+
+    def __init__(self, store: Results, key: str, checkpoint: Checkpoint, graph: ModelGraph) -> None:
+        self._store, self._key, self._checkpoint = store, key, checkpoint
+        self._stage: dict[str, int] = {}
+        for weight in graph.outer:
+            self._stage[weight.key] = EMBED if weight.role == "embed" else len(graph.blocks)
+        for block in graph.blocks:
+            self._stage |= {w.key: block.index for w in block.weights()}
+            self._stage |= {name: block.index for name in block.kept}
+            self._stage |= {w.name: block.index for w in block.weights()}
+        self._held: tuple[int, BlockResult, dict[str, QuantizedLinear]] | None = None
+
+    def packed(self, key: str, kind: BlockType) -> Tensor:
+        linear = self._load(self._stage[key])[1].get(key)
+        if linear is None:
+            raise CoverageError(
+                f"`{key}` was to be quantized and is not in the store",
+                remedy="run again with --restart, and report it if it happens again",
+            )
+        return pack(linear.weight, kind)
+
+    def plain(self, name: str) -> Tensor:
+        stage = self._stage.get(name)
+        # a transform may have rewritten what it folded into
+        made = None if stage is None or stage < 0 else self._load(stage)[0].tensors.get(name)
+        return self._checkpoint.read(name) if made is None else made
+
+    def _load(self, stage: int) -> tuple[BlockResult, dict[str, QuantizedLinear]]:
+        if self._held is None or self._held[0] != stage:
+            self._held = None
+            result = self._store.load(self._key, stage)
+            self._held = stage, result, result.by_name()
+        return self._held[1], self._held[2]
 
 
 def block_type(text: str) -> BlockType:
     """The type that a target names; UnsupportedError for one whose codes are not those of a plain grid."""
-    kind = TYPES.get(text.upper())
-    if kind is None:
+    if text.lower() not in _PLAIN:
         raise UnsupportedError(
             f"codes cannot be moved to the GGUF type {text!r} without rounding anew",
-            remedy=f"types that hold them as they are: {', '.join(name.lower() for name in TYPES)}",
+            remedy=f"types that hold them as they are: {', '.join(_PLAIN)}",
         )
-    return kind
+    return TYPES[text.lower()]
 
 
-def on_blocks(linear: QuantizedLinear, kind: BlockType) -> Affine:
+def on_blocks(linear: QuantizedLinear, kind: BlockType) -> Affine | Codebook:
     """`linear` on the grid of `kind`, equal in every value; UnsupportedError when that cannot be."""
+    if kind.name == "mxfp4":
+        if isinstance(linear.weight, Codebook) and linear.weight.group == (1, kind.elements):
+            return linear.weight
+        raise UnsupportedError(f"`{linear.name}` is not in groups of 32 e2m1 floats")
     scheme = Scheme(kind.bits, 32, sym=not kind.minimum, scale_dtype=_SCALES)
     q = regrid(linear, scheme).weight
     if not isinstance(q, Affine) or not isinstance(q.scale, Tensor):
@@ -56,67 +140,65 @@ def on_blocks(linear: QuantizedLinear, kind: BlockType) -> Affine:
     return replace(q, zero_point=None, offset=minimum)
 
 
-@dataclass(frozen=True, slots=True)
-class GgufFile:
-    """One planned file. `names` maps checkpoint names to those in the file, in file order."""
+@dataclass(frozen=True)
+class Moved:
+    """The codes of a checkpoint that was quantized before, moved into one type; everything else is copied."""
 
     source: QuantizedCheckpoint
     view: Checkpoint
-    model: Model
     kind: BlockType
-    file: str
-    metadata: dict[str, Value]
-    names: dict[str, str]
+    planned: GgufFile
 
     @classmethod
     def plan(
         cls, source: QuantizedCheckpoint, view: Checkpoint, graph: ModelGraph, kind: BlockType, title: str
-    ) -> GgufFile:
+    ) -> Moved:
         """`title` names the model. UnsupportedError with what stands in the way."""
-        model = Model.of(view.config)
         problems = {name: why for name in source.parts if (why := _obstacle(source, name, kind)) is not None}
-        wider = problems and all(_obstacle(source, name, Q8_0) is None for name in problems)
+        wide = TYPES["q8_0"]
+        wider = problems and all(_obstacle(source, name, wide) is None for name in problems)
         refuse(list(problems.values()), "gguf:q8_0 holds them, in 8.5 bits per weight" if wider else ROUND)
-        order = dict.fromkeys(_order(graph))
-        rows = next(view.tensors[w.name].shape[0] for w in graph.outer if w.role == "embed")
-        metadata: dict[str, Value] = {
-            "general.type": "model",
-            "general.name": title,
-            "general.file_type": kind.file_type,
-            "general.quantization_version": 2,
-            **model.metadata(),
-            **vocabulary(view.path, rows),
-        }
-        file = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title)}-{kind.name}.gguf"
-        return cls(source, view, model, kind, file, metadata, model.names(order))
+        scheme = Scheme(*_fixed(kind), numbers=kind.name)  # type: ignore[arg-type]
+
+        def scheme_of(weight: Weight) -> Scheme | None:
+            return scheme if weight.key in source.parts else None
+
+        mix = MIXES["mxfp4_moe" if kind.name == "mxfp4" else kind.name]
+        file = _planned(view, graph, scheme_of, mix, Title(title), Output().shard_bytes)
+        return cls(source, view, kind, file)
 
     @property
     def name(self) -> str:
-        return f"gguf-{self.kind.name.lower()}"
-
-    def scheme_name(self, key: str) -> str:
-        return self.kind.name
-
-    def engines(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        asked, context = self.model.config["max_position_embeddings"], self.model.context
-        cut = f"llama.cpp has no sliding window here: the context is cut from {asked:,} to {context:,} tokens"
-        return ("llama.cpp", "transformers"), (cut,) if context < asked else ()
+        return f"gguf-{self.kind.name}"
 
     @property
-    def tensors(self) -> list[Stored]:
-        generated = [
-            Stored.plain(name, tuple(t.shape), t.dtype) for name, t in self.model.generated().items()
-        ]
-        return [*generated, *(self._stored(name) for name in self.names)]
+    def file(self) -> str:
+        """The file to load."""
+        return self.planned.names[0]
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensors; metadata comes on top."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return self.planned.total_bytes
+
+    def scheme_name(self, key: str) -> str:
+        return self.kind.ggml
+
+    def engines(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("llama.cpp", "transformers"), self.planned.model.notes()
 
     def write(self, folder: Path) -> None:
-        path = folder / self.file
-        container.write(path, self.model.architecture, self.metadata, self.tensors, self._contents())
+        self.planned.write(folder, self)
+
+    def packed(self, key: str, kind: BlockType) -> Tensor:
+        return pack(on_blocks(self.source.linear(key), kind), kind)
+
+    def plain(self, name: str) -> Tensor:
+        return self.view.read(name)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, Tensor | None, float]]:
+        """Checkpoint name → name in the file, rows and what was added."""
+        return {s.key: (p.name, s.rows, p.add) for p in self.planned.placed for s in p.sources}
 
     def values(self, folder: Path) -> Callable[[str], Tensor]:
         """What the file says of a weight: read, and multiplied out, by the `gguf` package, not by us."""
@@ -125,33 +207,16 @@ class GgufFile:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
 
         def value(name: str) -> Tensor:
-            tensor = tensors[self.names[name]]
-            data = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            rows = self.model.rows(name)
+            there, rows, add = self._places[name]
+            tensor = tensors[there]
+            data = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()) - add
             return data if rows is None else data[rows.argsort()]
 
         return value
 
-    def _stored(self, name: str) -> Stored:
-        info, there = self.view.tensors[name], self.names[name]
-        if name in self.source.parts:
-            return Stored(there, info.shape, self.kind.name)
-        # llama.cpp computes with vectors and norms in fp32 and wants them so
-        wide = len(info.shape) < 2 or not there.endswith(".weight")
-        return Stored.plain(there, info.shape, torch.float32 if wide else info.torch_dtype)
 
-    def _contents(self) -> Iterator[Tensor]:
-        for tensor in self.model.generated().values():
-            yield container.as_bytes(tensor)
-        for name in self.names:
-            rows = self.model.rows(name)
-            if name in self.source.parts:
-                data = pack(on_blocks(self.source.linear(name), self.kind), self.kind)
-                yield data if rows is None else data[rows]
-            else:
-                tensor = self.view.read(name)
-                wide = tensor.to(torch.float32) if self._stored(name).kind == "F32" else tensor
-                yield container.as_bytes(wide if rows is None else wide[rows])
+def _fixed(kind: BlockType) -> tuple[int, int]:
+    return kind.bits, kind.elements
 
 
 def _obstacle(source: QuantizedCheckpoint, name: str, kind: BlockType) -> str | None:
@@ -160,13 +225,3 @@ def _obstacle(source: QuantizedCheckpoint, name: str, kind: BlockType) -> str | 
     except UnsupportedError as error:
         return error.message
     return None
-
-
-def _order(graph: ModelGraph) -> Iterator[str]:
-    """Checkpoint names of everything that is carried over: embedding, blocks, the rest."""
-    yield from (w.name for w in graph.outer if w.role == "embed")
-    for block in graph.blocks:
-        yield from (w.name for w in block.weights())
-        yield from block.kept
-    yield from graph.copied
-    yield from (w.name for w in graph.outer if w.role != "embed")

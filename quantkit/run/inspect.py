@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from typing import Any
 from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UnsupportedError
+from quantkit.gguf.container import Opened, open_file
 from quantkit.recipe.sizes import format_size
 from quantkit.run.dialects import find_config, method_of, writer
 from quantkit.run.export import MANIFEST
+from quantkit.run.gguf_source import find_gguf
+from quantkit.run.gguf_source.facts import GgufFacts
 from quantkit.run.plan import architecture
 from quantkit.run.quantized import QuantizedCheckpoint, open_quantized
 from quantkit.run.table import Table
@@ -39,6 +43,7 @@ class Inspection:
     writer    the tool that quantized it and its version, where files say so
     traits    what its quantized weights are like, seen on one of them
     unread    why its quantized weights cannot be read, None when they can
+    gguf      what the file says of itself when it is one of llama.cpp's
     """
 
     path: Path
@@ -50,6 +55,7 @@ class Inspection:
     writer: str | None = None
     traits: tuple[str, ...] = ()
     unread: str | None = None
+    gguf: GgufFacts | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -71,10 +77,13 @@ class Inspection:
                 for k in self.kinds
             ],
             "quantkit": self.manifest,
+            **({} if self.gguf is None else {"gguf": self.gguf.to_json()}),
         }
 
     def table(self) -> Table:
         method = "not quantized" if self.quantization is None else method_of(self.quantization)
+        if self.gguf is not None:
+            method = f"GGUF {self.gguf.label or ''}".strip()
         title = f"{self.path.name} · {self.architecture} · {method} · {format_size(self.size_bytes)}"
         rows = []
         for kind in self.kinds:
@@ -85,9 +94,13 @@ class Inspection:
         return Table(title, columns, tuple(rows), tuple(self._notes()))
 
     def _notes(self) -> list[str]:
+        own = [] if self.gguf is None else list(self.gguf.lines())
         if self.manifest is None:
-            return [] if self.quantization is None else self._foreign()
-        m = self.manifest
+            return own if self.quantization is None else self._foreign()
+        return [*own, *self._ours(self.manifest)]
+
+    def _ours(self, m: dict[str, Any]) -> list[str]:
+        """Notes on what quantkit made."""
         repacked = m.get("repacked")
         if repacked is not None:
             notes = [f"repacked by quantkit {m['quantkit']} from {repacked['source']}, every value the same"]
@@ -129,7 +142,12 @@ def _means(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def inspect(path: Path) -> Inspection:
-    """Look at a checkpoint folder; SourceError when it is none. Reads headers and one quantized weight."""
+    """Look at a checkpoint folder or a GGUF file; SourceError when it is neither.
+
+    Reads headers and one quantized weight.
+    """
+    if (file := find_gguf(path)) is not None:
+        return _inspect_gguf(path, open_file(file))
     checkpoint = Checkpoint.open(path)
     stated = find_config(path, checkpoint.config)
     quantized, unread = None, None
@@ -137,18 +155,45 @@ def inspect(path: Path) -> Inspection:
         quantized = open_quantized(checkpoint)
     except UnsupportedError as error:
         unread = error.message
-    manifest = path / MANIFEST
     return Inspection(
         path=path.resolve(),
         architecture=architecture(checkpoint),
         quantization=None if stated is None else dict(stated),
         kinds=tuple(_kinds(checkpoint, quantized)),
-        manifest=json.loads(manifest.read_text("utf-8")) if manifest.is_file() else None,
+        manifest=_manifest(path),
         tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
         writer=None if stated is None else writer(stated, _metadata(checkpoint)),
         traits=() if quantized is None else tuple(_traits(quantized)),
         unread=unread,
     )
+
+
+def _inspect_gguf(path: Path, opened: Opened) -> Inspection:
+    facts = GgufFacts.of(opened)
+    tensors, parameters, sizes = Counter[str](), Counter[str](), Counter[str]()
+    for stored in opened.tensors.values():
+        kind = stored.kind.upper()
+        tensors[kind] += 1
+        parameters[kind] += math.prod(stored.shape)
+        sizes[kind] += stored.nbytes
+    manifest = _manifest(path if path.is_dir() else path.parent)
+    ours = manifest is not None and any(file.name in manifest.get("files", ()) for file in opened.paths)
+    return Inspection(
+        path=path.resolve(),
+        architecture=facts.model or facts.architecture,
+        quantization=None,
+        kinds=tuple(Kind(kind, tensors[kind], parameters[kind], sizes[kind]) for kind in tensors),
+        manifest=manifest if ours else None,
+        tied="token_embd.weight" in opened.tensors and "output.weight" not in opened.tensors,
+        gguf=facts,
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What quantkit wrote into a folder."""
+    file = folder / MANIFEST
+    found: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return found
 
 
 def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:

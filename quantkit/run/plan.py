@@ -20,12 +20,16 @@ from quantkit.hub.fetch import Source
 from quantkit.hub.fetch import resolve as fetch
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
-from quantkit.recipe.plan import Resolved, TargetPlan, resolve
+from quantkit.recipe.plan import Described, Resolved, TargetPlan, resolve
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
 from quantkit.run.estimate import Estimate, context, estimate, existing, resource_blockers
+from quantkit.run.gguf import Title, plan_target
+from quantkit.run.gguf_file import GgufFile
 from quantkit.run.files import entries, parameters, quantized_parameters
-from quantkit.run.quantized import Dequantized, open_floats
+from quantkit.run.gguf_source import GgufCheckpoint
+from quantkit.run.known import Known, known_importance
+from quantkit.run.quantized import Dequantized, open_source
 from quantkit.run.table import Table
 
 DEMO = "demo"
@@ -34,17 +38,21 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A recipe with nothing left to decide, or the reasons why it cannot be done (`blockers`)."""
+    """A recipe with nothing left to decide, or the reasons why it cannot be done (`blockers`).
+
+    known  an importance matrix that stands in for calibration text
+    """
 
     recipe: Recipe
     source: Source
     checkpoint: Checkpoint
     graph: ModelGraph
     targets: tuple[TargetPlan, ...]
-    shards: dict[str, ShardPlan]
+    files: dict[str, ShardPlan | GgufFile]
     estimate: Estimate
     blockers: tuple[str, ...]
     warnings: tuple[str, ...]
+    known: Known | None = None
 
     @property
     def length(self) -> int:
@@ -63,7 +71,7 @@ class Plan:
 
     def bits_per_weight(self, target: TargetPlan) -> float:
         """Bits of the target's tensor files per parameter of the source, everything counted."""
-        return self.shards[target.name].total_bytes * 8 / parameters(self.checkpoint, self.graph)
+        return self.files[target.name].total_bytes * 8 / parameters(self.checkpoint, self.graph)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,7 +85,7 @@ class Plan:
                 "size_bytes": self.checkpoint.size_bytes,
                 "dtype": self.checkpoint.dtype,
             },
-            "targets": [self._target_json(target) for target in self.targets if target.name in self.shards],
+            "targets": [self._target_json(target) for target in self.targets if target.name in self.files],
             "peak_memory_bytes": self.estimate.memory,
             "disk_bytes": self.estimate.disk,
             "blockers": list(self.blockers),
@@ -91,7 +99,7 @@ class Plan:
             "format": target.target.format,
             "scheme": target.default.name,
             "method": target.target.method,
-            "size_bytes": self.shards[target.name].total_bytes,
+            "size_bytes": self.files[target.name].total_bytes,
             "bits_per_weight": self.bits_per_weight(target),
             "quantized_parameters": quantized_parameters(target),
             "needs_calibration": target.calibrated,
@@ -111,20 +119,20 @@ class Plan:
         rows = []
         notes = [*self.warnings]
         for target in self.targets:
-            if target.name not in self.shards:
+            if target.name not in self.files:
                 continue
             loads, why = target.format.engines(target.facts)
             rows.append(
                 (
                     target.name,
                     target.target.method,
-                    format_size(self.shards[target.name].total_bytes),
+                    format_size(self.files[target.name].total_bytes),
                     f"{self.bits_per_weight(target):.2f}",
                     _calibration_cell(target),
                     ", ".join(loads),
                 )
             )
-            notes += [f"{target.name}: {note}" for note in why]
+            notes += [f"{target.name}: {note}" for note in (*target.notes, *why)]
         notes.append(self._resources())
         columns = ("target", "method", "file size", "bpw", "calibration", "loads in")
         return Table(title, columns, tuple(rows), tuple(dict.fromkeys(notes)), self.blockers)
@@ -137,28 +145,37 @@ class Plan:
         )
         if self.needs_calibration:
             c = self.recipe.calibration
-            text += f"; calibration: {c.rows:,} × {self.length:,} tokens of {c.file or c.set}"
+            rows = "" if c.imatrix else f"{c.rows:,} × {self.length:,} tokens of "
+            text += f"; calibration: {rows}{c.source}"
         return text
 
 
 def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None) -> Plan:
     """Resolve a recipe against its source; raises for a broken source, collects all else as blockers."""
     source = locate(recipe.source, offline=offline, cache_dir=cache_dir)
-    checkpoint = open_floats(Checkpoint.open(source.path))
+    checkpoint = open_source(source.path)
     graph = build_graph(checkpoint)
-    _check_floats(source, checkpoint, graph)
+    check_floats(source, checkpoint, graph)
     from quantkit import __version__
 
-    resolved = resolve(recipe, graph, checkpoint.dtype, __version__, checkpoint.model_type)
-    shards = {} if resolved.blockers else dict(_shards(recipe, resolved, checkpoint, graph))
-    needed = estimate(recipe, resolved, checkpoint, graph, shards)
-    blockers = (*resolved.blockers, *resource_blockers(recipe, needed))
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    described = Described(checkpoint.dtype, checkpoint.model_type, checkpoint.config, shapes)
+    resolved = resolve(recipe, graph, described, __version__)
+    files, problems = _files(recipe, resolved, checkpoint, graph, source)
+    needed = estimate(recipe, resolved, checkpoint, graph, files)
+    known, lacking = known_importance(recipe, resolved.targets, checkpoint, graph)
+    blockers = (*resolved.blockers, *problems, *lacking, *resource_blockers(recipe, needed))
     warnings = tuple(_quantized_before(source, checkpoint))
-    return Plan(recipe, source, checkpoint, graph, resolved.targets, shards, needed, blockers, warnings)
+    return Plan(recipe, source, checkpoint, graph, resolved.targets, files, needed, blockers, warnings, known)
 
 
 def _quantized_before(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
     """What is to be known of a source that is not the original."""
+    if isinstance(checkpoint, GgufCheckpoint) and checkpoint.types:
+        yield (
+            f"`{source.requested}` is already quantized (gguf, {' and '.join(checkpoint.types)}): its errors and "
+            "those of the targets add up, and quality is measured against it, not against the original"
+        )
     if not isinstance(checkpoint, Dequantized):
         return
     quantized = checkpoint.quantized
@@ -172,7 +189,7 @@ def _quantized_before(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{count:,} tensors of `{source.requested}` are left out: {why}"
 
 
-def _check_floats(source: Source, checkpoint: Checkpoint, graph: ModelGraph) -> None:
+def check_floats(source: Source, checkpoint: Checkpoint, graph: ModelGraph) -> None:
     """A matrix of integers or of 8-bit floats means nothing without its scales, whatever the config says."""
     for weight in graph.weights():
         dtype = checkpoint.tensors[weight.name].dtype
@@ -184,9 +201,12 @@ def _check_floats(source: Source, checkpoint: Checkpoint, graph: ModelGraph) -> 
 
 
 def locate(source: str, *, offline: bool, cache_dir: Path | None) -> Source:
-    """A folder, a Hub id, or `demo`, the embedded model; a folder of that name is `./demo`."""
+    """A folder, a GGUF file, a Hub id, or `demo`, the embedded model; a folder of that name is `./demo`."""
     if source == DEMO:
         return Source(resources.folder("demo-llama"), None, None, DEMO)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(path, None, None, source)
     return fetch(source, offline=offline, cache_dir=cache_dir)
 
 
@@ -210,9 +230,22 @@ def _calibration_cell(target: TargetPlan) -> str:
     return "own stream" if target.target.feedback else "shared"
 
 
-def _shards(
-    recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, graph: ModelGraph
-) -> Iterator[tuple[str, ShardPlan]]:
-    for target in resolved.targets:
-        specs = [spec for entry in entries(target, checkpoint, graph) for spec in entry.specs]
-        yield target.name, plan_shards(specs, recipe.output.shard_bytes)
+def _files(
+    recipe: Recipe, resolved: Resolved, checkpoint: Checkpoint, graph: ModelGraph, source: Source
+) -> tuple[dict[str, ShardPlan | GgufFile], list[str]]:
+    """(the files of every target, by name; what stands in their way), nothing where the plan is blocked."""
+    found: dict[str, ShardPlan | GgufFile] = {}
+    problems: list[str] = []
+    for target in () if resolved.blockers else resolved.targets:
+        limit = recipe.output.shard_bytes
+        if target.format.container == "gguf":
+            try:
+                found[target.name] = plan_target(
+                    target, checkpoint, graph, Title(source.name, source.id), limit
+                )
+            except UnsupportedError as error:
+                problems.append(f"{target.name}: {error.message}")
+        else:
+            specs = [spec for entry in entries(target, checkpoint, graph) for spec in entry.specs]
+            found[target.name] = plan_shards(specs, limit)
+    return found, problems

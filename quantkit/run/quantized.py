@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ from quantkit.model.names import match_names
 from quantkit.model.skeleton import config_of, meta_model
 from quantkit.protocols import Format
 from quantkit.run.dialects import CONFIG_KEYS, find_config, read_config
+from quantkit.run.gguf_source import find_gguf, open_gguf
 from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor, dequantize, shape
 
 _DAMAGED = "the file is damaged, or its quantization config belongs to another: download both again"
@@ -186,6 +188,12 @@ def open_floats(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` itself, or as floats where it is quantized."""
     quantized = open_quantized(checkpoint)
     return checkpoint if quantized is None else dequantized(quantized)
+
+
+def open_source(path: Path) -> Checkpoint:
+    """A model as floats, whatever it is stored as: a folder of safetensors, or GGUF, a file or its folder."""
+    file = find_gguf(path)
+    return open_floats(Checkpoint.open(path)) if file is None else open_gguf(file)
 
 
 def _float_infos(quantized: QuantizedCheckpoint) -> dict[str, TensorInfo]:

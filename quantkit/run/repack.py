@@ -24,7 +24,7 @@ from quantkit.recipe.sizes import format_size
 from quantkit.run.export import MANIFEST, building, free_or_ours, write_manifest
 from quantkit.run.files import parameters
 from quantkit.run.folder import PackedFolder
-from quantkit.run.gguf import GgufFile, block_type
+from quantkit.run.gguf import Moved, block_type
 from quantkit.run.progress import SILENT, Progress
 from quantkit.run.proof import Made, Proof, prove
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized
@@ -146,7 +146,7 @@ def _plan(
     known = _known(view.path)
     if wanted == GGUF:
         title = str(known.get("source", {}).get("id", view.path.resolve().name)).rpartition("/")[2]
-        return GgufFile.plan(source, view, graph, block_type(preset or "q4_0"), title)
+        return Moved.plan(source, view, graph, block_type(preset or "q4_0"), title)
     try:
         info = format_info(wanted)
     except RecipeError as error:

@@ -54,7 +54,7 @@ def build_rows(recipe: Recipe, tokenizer_folder: Path, *, calibrate: bool, lengt
     if calibrate:
         c = recipe.calibration
         calibration = build(
-            _mixture(c),
+            mixture(c),
             tokenizer,
             rows=c.rows,
             length=length,
@@ -74,7 +74,7 @@ def evaluation_rows(texts: Sequence[EvalText], tokenizer: Tokenizer) -> Windows:
     return tuple((found, RowSet(f"eval{n}", found.tokens, False)) for n, found in enumerate(sets))
 
 
-def _mixture(c: Calibration) -> SetSpec:
+def mixture(c: Calibration) -> SetSpec:
     mixture = find_set(c.set) if c.set is not None else as_set(Path(c.file or ""))
     if c.max_chars is None:
         return mixture

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.tokenizer import load_tokenizer
+from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
 from quantkit.calibrate.tokens import EvalSet
-from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import SourceError, UsageError
+from quantkit.errors import SourceError, UnsupportedError, UsageError
 from quantkit.evaluate.scores import (
     Perplexity,
     Quality,
@@ -40,11 +39,12 @@ from quantkit.recipe.spec import Device, Eval, EvalText
 from quantkit.run import budget
 from quantkit.run.advance import Streams
 from quantkit.run.files import parameters
+from quantkit.run.gguf_source import GgufCheckpoint, tokenizer_folder
 from quantkit.run.inputs import Runs, runs_of
 from quantkit.run.measure import LOGITS
 from quantkit.run.plan import locate
 from quantkit.run.progress import SILENT, BlockInfo, Progress
-from quantkit.run.quantized import dequantized, open_quantized
+from quantkit.run.quantized import Dequantized, open_source
 from quantkit.run.rows import Windows, evaluation_rows
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
@@ -130,7 +130,9 @@ def score(
     cache_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> Scores:
-    """Measure saved checkpoints, each a folder, a Hub id or `demo`; `baseline` is what they were made from.
+    """Measure saved checkpoints, each a folder, a GGUF file, a Hub id or `demo`.
+
+    `baseline` is what they were made from.
 
     Raises UsageError when a model and the baseline do not share their tokens, UnsupportedError when a model
     runs in a way that cannot be emulated.
@@ -142,7 +144,7 @@ def score(
         if baseline is not None:
             first = _Model(where(baseline), device, work / "baseline")
             opened.enter_context(closing(first))
-            first.run(evaluation_rows(texts, load_tokenizer(first.path)), progress)
+            first.run(evaluation_rows(texts, first.tokenizer), progress)
         measured = []
         for number, name in enumerate(models):
             with closing(_Model(where(name), device, work / str(number))) as model:
@@ -157,13 +159,14 @@ class _Model:
     """A checkpoint that is run over windows of text; what it says is in `root` until it is closed."""
 
     def __init__(self, source: Source, device: Device, root: Path) -> None:
-        self.name, self.path = source.name, source.path
-        stored = Checkpoint.open(source.path)
-        quantized = open_quantized(stored)
-        self._format = "float" if quantized is None else quantized.format_name
-        self._runs = Runs() if quantized is None else runs_of(quantized)
-        checkpoint = stored if quantized is None else dequantized(quantized)
-        self._size = stored.size_bytes
+        self.name = source.name
+        self.checkpoint = checkpoint = open_source(source.path)
+        self._format, self._runs, self._size = "float", Runs(), checkpoint.size_bytes
+        match checkpoint:
+            case Dequantized(quantized=quantized):
+                self._format, self._runs = quantized.format_name, runs_of(quantized)
+            case GgufCheckpoint():
+                self._format = "gguf"
         self._graph = build_graph(checkpoint)
         self._parameters = parameters(checkpoint, self._graph)
         on = budget.device(device.map)
@@ -173,6 +176,11 @@ class _Model:
         hidden = self._graph.blocks[0].sites[0].width
         self._streams = Streams(self._store, hidden, dtype, on, device.batch_tokens)
         self.windows: Windows = ()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """SourceError or UnsupportedError when it has none that can be used."""
+        return load_tokenizer(tokenizer_folder(self.checkpoint))
 
     def close(self) -> None:
         """Give up its files."""
@@ -257,10 +265,10 @@ def _positions(
 def _shared_windows(model: _Model, first: _Model | None, texts: Sequence[EvalText]) -> Windows:
     """The baseline's windows; UsageError when the model's own tokenizer makes other tokens of the texts."""
     if first is None:
-        return evaluation_rows(texts, load_tokenizer(model.path))
+        return evaluation_rows(texts, model.tokenizer)
     try:
-        own = evaluation_rows(texts, load_tokenizer(model.path))
-    except SourceError:  # many quantized folders come without a tokenizer
+        own = evaluation_rows(texts, model.tokenizer)
+    except (SourceError, UnsupportedError):  # many quantized folders come without a tokenizer
         return first.windows
     for (evaluated, rows), (_, other) in zip(own, first.windows, strict=True):
         if not torch.equal(rows.tokens, other.tokens):

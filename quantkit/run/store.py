@@ -82,11 +82,12 @@ class RunStore:
 
     def done(self, target: str, blocks: int) -> int:
         """How many leading blocks of a target key are committed, their files intact."""
-        for block in range(blocks):
-            recorded = self._state.blocks.get((target, block))
-            if recorded is None or not _intact(self._result_path(target, block), recorded):
-                return block
-        return blocks
+        return next((block for block in range(blocks) if not self.has(target, block)), blocks)
+
+    def has(self, target: str, stage: int) -> bool:
+        """Whether what was made of a block, or of an end of the model, is committed and intact."""
+        recorded = self._state.blocks.get((target, stage))
+        return recorded is not None and _intact(self._result_path(target, stage), recorded)
 
     def generation(self, streams_key: str, needed: Sequence[str]) -> int:
         """The newest generation whose `needed` stream files are all intact, else 0."""

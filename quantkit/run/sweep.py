@@ -24,8 +24,10 @@ from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Streams
 from quantkit.run.budget import pools, release_memory, waves
+from quantkit.run.ends import EMBED, HELD_OUT, Ends
 from quantkit.run.fold import Proof, fold_site
 from quantkit.run.folded import Fold, divide_rows, rewritten
+from quantkit.run.known import Known
 from quantkit.run.progress import BlockError, BlockInfo, Progress
 from quantkit.run.quantize import Made, Rescaled, TensorMetrics, quantize_site
 from quantkit.run.replay import CacheRange, QuantizedBlock
@@ -34,15 +36,14 @@ from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
 from quantkit.run.tune import StreamPairs, Tuning
 
-# One micro-batch in so many is what decisions are judged on, from the fifth on.
-_HELD_OUT = 8
-# One in so many feeds what all experts of a layer know together; it divides the number above.
+# One micro-batch in so many feeds what all experts of a layer know together; it divides the number above.
 _POOLED = 4
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """What the sweep is to do. `keys` maps target names to their store keys."""
+    """What the sweep is to do. `keys` maps target names to their store keys; `known` is what is known of the
+    inputs of weights where no text says it."""
 
     targets: tuple[TargetPlan, ...]
     keys: Mapping[str, str]
@@ -50,6 +51,7 @@ class SweepPlan:
     calibration: RowSet | None
     evaluation: tuple[RowSet, ...]
     statistics_bytes: int
+    known: Known | None = None
 
     def stream_rows(self) -> Iterator[tuple[str, RowSet]]:
         """Every (stream, rows) that travels from block to block; a target's stream is named by its key."""
@@ -93,6 +95,8 @@ class Sweep:
     ) -> None:
         self._plan, self._runtime, self._blocks = plan, runtime, blocks
         self._store, self._streams = store, streams
+        self.ends = Ends(plan.targets, plan.keys, runtime, store)
+        streams.apart = frozenset(self.ends.own_embedding())
 
     def run(self, progress: Progress, stop: Event) -> None:
         """Quantize what is not in the store yet and leave the streams behind the last block.
@@ -118,6 +122,9 @@ class Sweep:
                     f"stopped after block {block.index + 1} of {blocks}, which is committed",
                     remedy="run the same command again: it continues with the next block",
                 )
+        made = self.ends.heads(self._streams, self._plan.calibration)
+        if made:
+            self._commit(blocks, made)
 
     def _first_block(self, done: Mapping[str, int]) -> int:
         """The block from which everything that is needed is at hand.
@@ -126,6 +133,8 @@ class Sweep:
         streams of earlier blocks, which are gone: all rows then travel from the start, and blocks whose
         results are stored are not solved again.
         """
+        if not self.ends.complete():
+            return 0
         needed = [self._streams.name(stream, rows) for stream, rows in self._plan.stream_rows()]
         if not needed:
             return min(done.values())
@@ -135,10 +144,29 @@ class Sweep:
     def _embed(self) -> None:
         every = {rows.name: rows for _, rows in self._plan.stream_rows()}
         for rows in every.values():
-            tokens = (rows.tokens[part] for part in rows.batches(self._streams.batch_tokens))
-            self._streams.write(0, REFERENCE, rows, (self._runtime.embed(t) for t in tokens))
+            self._enter(REFERENCE, rows, None)
+        made = {}
+        for key, table, fresh in self.ends.embeddings(self._plan.calibration):
+            own = {rows.name: rows for stream, rows in self._plan.stream_rows() if stream == key}
+            for rows in own.values():
+                self._enter(key, rows, table)
+            if fresh is not None:
+                made[key] = fresh
         self._runtime.release_embed()
-        self._streams.take_written()
+        if made:
+            self._commit(EMBED, made)
+        else:
+            self._streams.take_written()
+
+    def _enter(self, stream: str, rows: RowSet, table: Tensor | None) -> None:
+        """Write what enters the first block on a stream whose embedding is `table`, or the source's."""
+        tokens = (rows.tokens[part] for part in rows.batches(self._streams.batch_tokens))
+        self._streams.write(0, stream, rows, (self._runtime.embed(t, table) for t in tokens))
+
+    def _commit(self, stage: int, made: Mapping[str, tuple[BlockResult, Sequence[TensorMetrics]]]) -> None:
+        """Results of a block or an end by store key, and the streams written since the last commit."""
+        told = {key: (result, {"tensors": [m.to_json() for m in ms]}) for key, (result, ms) in made.items()}
+        self._store.commit(stage, told, self._plan.streams_key, self._streams.take_written())
 
     def _block(self, block: Block, stored: set[str], progress: Progress) -> BlockInfo:
         began = time.monotonic()
@@ -158,15 +186,7 @@ class Sweep:
         for name in stored:
             every[name] = self._store.load(self._plan.keys[name], block.index)
         self._advance_targets(held, block, every)
-        self._store.commit(
-            block.index,
-            {
-                self._plan.keys[name]: (result, {"tensors": [m.to_json() for m in metrics[name]]})
-                for name, result in results.items()
-            },
-            self._plan.streams_key,
-            self._streams.take_written(),
-        )
+        self._commit(block.index, {self._plan.keys[n]: (r, metrics[n]) for n, r in results.items()})
         return _info(block, metrics, time.monotonic() - began)
 
     def _reference(self, held: _Held, block: Block, fresh: Sequence[_Making]) -> None:
@@ -217,7 +237,7 @@ class Sweep:
         """What comes out of the block, by micro-batch, while the recorder sees what goes on inside."""
         untouched = self._streams.file(block.index, REFERENCE, rows)
         for number, (part, states) in enumerate(self._streams.batches(block.index, stream, rows)):
-            recorder.held_out = number % _HELD_OUT == _HELD_OUT // 2
+            recorder.held_out = number % HELD_OUT == HELD_OUT // 2
             recorder.pooling = number % _POOLED == 0
             if recorder.pairs:
                 loaded.run(untouched.read(part, self._runtime.device), recorder.pair)
@@ -246,7 +266,10 @@ class Sweep:
         held.drop()
         targets = [m.target for m in makings]
         for site in sites:
-            stats = pool = None
+            pool = None
+            stats = (
+                None if self._plan.known is None else self._plan.known.statistics(site, self._runtime.device)
+            )
             if recorder is not None:
                 stats, pool = recorder.take(site.id), _pool(site, proof, recorder)
             rescaled = {}

@@ -27,7 +27,7 @@ from quantkit.formats.awq.engines import engines_of, kept_modules, scheme_of
 from quantkit.formats.awq.layouts import BITS, MIDDLE, PER_WORD, pack_gemm, read, size_of, version_of
 from quantkit.model.graph import Weight
 from quantkit.numerics.bits import unsigned
-from quantkit.protocols import FormatFacts
+from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import QuantizedLinear, plain_grid
 
@@ -49,6 +49,10 @@ def default_method(_: Scheme) -> str:
 @dataclass(frozen=True, slots=True)
 class Awq:
     """The format; it has no parameters."""
+
+    @property
+    def container(self) -> Container:
+        return "safetensors"
 
     def scale_dtype(self, source_dtype: str) -> str:
         return "float16"

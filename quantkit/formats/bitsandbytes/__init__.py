@@ -27,9 +27,9 @@ from quantkit.formats.bitsandbytes import int8, tables
 from quantkit.model.fused import fusing_problem
 from quantkit.model.graph import Weight
 from quantkit.numerics.stored import NESTED_GROUP
-from quantkit.protocols import FormatFacts
+from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
-from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear
+from quantkit.tensors import Affine, Codebook, Float, Lattice, QuantizedLinear
 
 SUMMARY = "NF4, FP4 and LLM.int8, for transformers and SGLang"
 DEFAULT_SCHEME = "nf4"
@@ -53,6 +53,10 @@ def parse(text: str) -> Scheme:
 @dataclass(frozen=True, slots=True)
 class Bitsandbytes:
     """The format; it has no parameters."""
+
+    @property
+    def container(self) -> Container:
+        return "safetensors"
 
     def scale_dtype(self, source_dtype: str) -> str:
         return "float32"
@@ -117,7 +121,7 @@ class Bitsandbytes:
                 raise UnsupportedError(f"bitsandbytes cannot store the column groups of `{linear.name}`")
             case Affine() as q:
                 tensors = int8.encode(q)
-            case Float():
+            case Float() | Lattice():
                 pass
             case _:
                 assert_never(linear.weight)

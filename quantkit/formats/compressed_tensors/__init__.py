@@ -29,7 +29,7 @@ from quantkit.formats.compressed_tensors.config import config_of
 from quantkit.formats.compressed_tensors.engines import engines_of
 from quantkit.formats.compressed_tensors.layouts import PARTS, refusal, static_inputs
 from quantkit.model.graph import Weight
-from quantkit.protocols import FormatFacts
+from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import QuantizedLinear
 
@@ -75,6 +75,10 @@ def default_method(scheme: Scheme) -> str:
 @dataclass(frozen=True, slots=True)
 class CompressedTensors:
     """The format; it has no parameters."""
+
+    @property
+    def container(self) -> Container:
+        return "safetensors"
 
     def scale_dtype(self, source_dtype: str) -> str:
         # readers hold scales in the dtype of the model, so a wider one would be rounded again at load

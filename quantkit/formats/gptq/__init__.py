@@ -25,7 +25,7 @@ from quantkit.errors import UnsupportedError
 from quantkit.formats.gptq.engines import engines_of
 from quantkit.model.graph import Weight
 from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
-from quantkit.protocols import Assigned, FormatFacts
+from quantkit.protocols import Assigned, Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear, plain_grid
 
@@ -48,6 +48,10 @@ def default_method(scheme: Scheme) -> str:
 @dataclass(frozen=True, slots=True)
 class Gptq:
     """The format; it has no parameters."""
+
+    @property
+    def container(self) -> Container:
+        return "safetensors"
 
     def scale_dtype(self, source_dtype: str) -> str:
         return "float16"

@@ -1,0 +1,1 @@
+"""Scales and codes of ggml's super-blocks whose points lie on a line."""

@@ -1,0 +1,39 @@
+"""Whether a path is a GGUF model, and which file of it comes first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from quantkit.errors import SourceError
+
+SUFFIX = ".gguf"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+# what lies beside models in folders of GGUF files
+_ASIDE = ("mmproj", "imatrix")
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The first file of the GGUF model at `path`, a file or a folder; None where there is no such model.
+
+    SourceError for a folder of several models.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if path.suffix.lower() != SUFFIX or not path.is_file():
+        return None
+    shard = _SHARD.fullmatch(path.name)
+    return path if shard is None else path.with_name(f"{shard['stem']}-00001-of-{shard['count']}{SUFFIX}")
+
+
+def _in_folder(path: Path) -> Path | None:
+    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if not file.name.lower().startswith(_ASIDE)]
+    if not files or any(path.glob("*.safetensors")):
+        return None
+    firsts = list(dict.fromkeys(find_gguf(file) or file for file in files))
+    if len(firsts) > 1:
+        raise SourceError(
+            f"`{path}` holds {len(firsts):,} models: {', '.join(f.name for f in firsts[:6])}",
+            remedy=f"name one of them, as `{firsts[0]}`",
+        )
+    return firsts[0]

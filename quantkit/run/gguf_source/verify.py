@@ -1,0 +1,93 @@
+"""A GGUF file, verified: its header, names, values and tokens, and what the source has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantkit.calibrate.tokenizer import load_tokenizer
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import SourceError, UnsupportedError, VerifyError
+from quantkit.gguf.blocks import unpack
+from quantkit.gguf.container import Opened, open_file
+from quantkit.gguf.types import TYPES
+from quantkit.gguf.vocabulary.identity import llama_encoder, same_ids
+from quantkit.run.gguf_source.opening import open_gguf, tokenizer_folder
+from quantkit.run.gguf_source.view import FLOATS, GgufCheckpoint
+from quantkit.run.progress import Progress
+from quantkit.run.verification import Verification, compare, compare_rest, floats_of, nonfinite
+from quantkit.tensors import QuantizedLinear
+
+
+def check_gguf(report: Verification, file: Path, source: Checkpoint | None, progress: Progress) -> None:
+    """A GGUF file: its header, names, values and tokens, and what the source has."""
+    try:
+        opened = open_file(file)
+    except SourceError as error:
+        report.problems.append(error.message)
+        return
+    size = sum(tensor.nbytes for tensor in opened.tensors.values())
+    report.checks["headers"] = f"{len(opened.tensors):,} tensors, {size:,} bytes"
+    progress.step("verify", f"{len(opened.tensors):,} tensors")
+    finite = _check_stored(report, opened)
+    view = _opened(report, file, source)
+    if view is None:
+        return
+    report.checks["architecture"] = f"{len(view.tensors):,} tensors of the model, all there"
+    if source is not None:
+        quantized = [name for name in view.tensors if view.kind(name) not in FLOATS]
+        if finite:
+            for name in quantized:
+                report.problems += compare(report, name, view.read(name), source)
+        compare_rest(report, view, source, quantized)
+    _check_tokens(report, view, source)
+
+
+def _opened(report: Verification, file: Path, source: Checkpoint | None) -> GgufCheckpoint | None:
+    """The file as a checkpoint, with the names of the source where there is one; None when that fails."""
+    try:
+        own = open_gguf(file)
+        return own if source is None else open_gguf(file, like=source)
+    except SourceError as error:
+        report.problems.append(error.message)
+    except UnsupportedError as error:
+        report.notes.append(f"names and shapes were not compared with the architecture: {error.message}")
+    return None
+
+
+def _check_stored(report: Verification, opened: Opened) -> bool:
+    """Every tensor of a GGUF file decodes, and every float in it is finite; whether that is so."""
+    bad: list[str] = []
+    undecoded = {tensor.kind.upper() for tensor in opened.tensors.values() if tensor.kind not in TYPES}
+    if undecoded:
+        report.notes.append(f"types that quantkit does not decode: {', '.join(sorted(undecoded))}")
+    for name, stored in opened.tensors.items():
+        if stored.kind in TYPES:
+            rows = opened.read_bytes(name).view(-1, stored.byte_shape[-1])
+            linear = QuantizedLinear(name, unpack(rows, stored.type))
+            bad += [problem for what, tensor in floats_of(linear) for problem in nonfinite(what, tensor)]
+    report.problems += bad
+    quantized = sum(stored.kind not in FLOATS for stored in opened.tensors.values())
+    report.checks["weights"] = f"{quantized:,} quantized (gguf), {len(opened.tensors) - quantized:,} floats"
+    return not bad
+
+
+def _check_tokens(report: Verification, view: GgufCheckpoint, source: Checkpoint | None) -> None:
+    """llama.cpp, where it is there, gives texts the tokens of the source, without one those that are read."""
+    try:
+        encode = llama_encoder(view.path)
+        tokenizer = load_tokenizer(tokenizer_folder(view if source is None else source))
+    except VerifyError as error:
+        report.problems.append(error.message)
+        return
+    except (SourceError, UnsupportedError) as error:
+        report.notes.append(f"tokens were not compared: {error.message}")
+        return
+    if encode is None:
+        report.notes.append("tokens were not compared: llama-cpp-python is not installed")
+        return
+    other = same_ids(tokenizer, encode)
+    report.problems += [f"llama.cpp makes other tokens: {found}" for found in other if not found.edge]
+    edges = sum(found.edge for found in other)
+    what = "the source" if source is not None else "its tokens as Transformers reads them"
+    apart = f"; {edges} texts around special tokens differ" if edges else ""
+    report.checks["tokens"] = f"llama.cpp against {what}{apart}"
