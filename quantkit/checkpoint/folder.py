@@ -107,8 +107,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if holds_gguf(folder):
         raise UnsupportedError(
-            f"`{folder}` holds a GGUF file, which quantkit writes and does not read",
-            remedy="give the folder that it was made from",
+            f"`{folder}` holds a GGUF file, whose codes cannot be moved to another format",
+            remedy="quantize it anew: quantkit convert FILE.gguf --to FORMAT:SCHEME",
         )
     raise SourceError(f"`{folder}` has no {CONFIG}", remedy="copy it from where the weights came from")
 

@@ -17,7 +17,7 @@ from quantkit.cli.output import Output, common_options
 @click.argument("folder", type=click.Path(path_type=Path))
 @common_options
 def command(folder: Path, **flags: Any) -> None:
-    """Show what a model FOLDER holds: architecture, dtypes, quantization."""
+    """Show what a model FOLDER or GGUF file holds: types, quantization."""
     output = Output.from_flags(flags)
 
     from quantkit.run.inspect import inspect

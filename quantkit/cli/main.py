@@ -33,8 +33,8 @@ COMMANDS = {
         "calibrate": "Collect an importance matrix (imatrix), or merge some.",
     },
     "Look": {
-        "inspect": "Show what a model FOLDER holds: architecture, dtypes, quantization.",
-        "verify": "Check a model FOLDER: every byte, every tensor, every name.",
+        "inspect": "Show what a model FOLDER or GGUF file holds: types, quantization.",
+        "verify": "Check a model FOLDER or GGUF file: every byte, tensor and name.",
         "eval": "Measure perplexity of saved models, and KL from a baseline.",
         "formats": "List formats, their presets and methods.",
         "recipes": "List, copy and check recipes.",

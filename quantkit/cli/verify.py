@@ -25,7 +25,7 @@ _EXAMPLES = (
 @CACHE_DIR
 @common_options
 def command(folder: Path, **flags: Any) -> int:
-    """Check a model FOLDER: every byte, every tensor, every name.
+    """Check a model FOLDER or GGUF file: every byte, tensor and name.
 
     The folder may be quantized by any tool, or not at all.
     """

@@ -31,7 +31,7 @@ def solvable(scheme: Scheme) -> bool:
 
 
 def convention(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-    """weight (out, in) fp32 as llama.cpp rounds it without an importance matrix; where it searches, so do we."""
+    """weight (out, in) fp32 as llama.cpp rounds it knowing nothing of inputs; searched where it searches."""
     if scheme.numbers in _FLOATS:
         return _float(weight, scheme)
     if scheme.numbers in REFERENCES:
@@ -40,7 +40,7 @@ def convention(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
 
 
 def nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> QuantizedTensor:
-    """weight (out, in) fp32 on scales searched with importance (in,), the mean square of each input, or None."""
+    """weight (out, in) fp32 on searched scales; importance (in,): mean square of each input, or None."""
     name = scheme.numbers
     if name in _EXACT:
         return convention(weight, scheme)

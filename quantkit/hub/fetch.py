@@ -60,5 +60,5 @@ def resolve(
 def _neither(source: str, hint: str = "") -> SourceError:
     return SourceError(
         f"'{source}' is neither a folder nor a repo id{hint}",
-        remedy="give a folder with config.json and safetensors, or a Hub id such as org/name",
+        remedy="give a folder with config.json and safetensors, a .gguf file, or a Hub id such as org/name",
     )

@@ -152,7 +152,7 @@ class Gptq:
         if self.regroups_columns and not scheme.plain:
             return "act_order free regroups columns of plain integers only"
         if scheme.ggml and rounding.solvable(scheme) and self.params.scales != "weighted":
-            return f"{scheme.numbers} has scales of its own kind; gptq searches them by importance: scales weighted"
+            return f"{scheme.numbers} has scales of its own kind, searched by importance: use scales weighted"
         if scheme.ggml and self.params.act_order == "static":
             return f"scales of {scheme.numbers} are searched on the way; use act_order group_aware or off"
         return None

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from quantkit.allocate import gguf_mix
 from quantkit.errors import RecipeError
 from quantkit.gguf.architectures import Model, Placed
-from quantkit.gguf.types import TYPES
 from quantkit.gguf.mixes import MIXES
+from quantkit.gguf.types import TYPES
 from quantkit.model.graph import ModelGraph, Weight
 from quantkit.recipe.spec import Rule
 from quantkit.schemes import Scheme, parse_scheme

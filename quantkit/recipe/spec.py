@@ -85,8 +85,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What is known of the inputs of weights: statistics of a text (`set` or `file`; default: wikitext103), or
-    an importance matrix, which holds mean squares alone."""
+    """What is known of the inputs of weights: statistics of a text (`set` or `file`, by default wikitext103),
+    or an importance matrix, which holds mean squares alone."""
 
     set: Annotated[str | None, "name of a calibration set, as wikitext103 or embedded"] = None
     file: Annotated[str | None, "text file to calibrate on instead of a set"] = None

@@ -23,6 +23,7 @@ from quantkit.checkpoint.writer import ShardedWriter, ShardPlan
 from quantkit.errors import CoverageError, UsageError, VerifyError
 from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
+from quantkit.run import gguf
 from quantkit.run.files import Entry, Packing, entries
 from quantkit.run.gguf import StoreOrigin
 from quantkit.run.gguf_file import GgufFile
@@ -51,7 +52,7 @@ class Exporter:
         """
         with building(folder, files.total_bytes) as partial:
             if isinstance(files, GgufFile):
-                files.write(partial, StoreOrigin(self.store, key, self.checkpoint, self.graph))
+                gguf.write(files, partial, StoreOrigin(self.store, key, self.checkpoint, self.graph))
             else:
                 config = self.write(target, key, files, partial)
                 self._read_back(target, key, partial, config)

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import CoverageError, UnsupportedError
+from quantkit.errors import CoverageError, UnsupportedError, VerifyError
 from quantkit.gguf import container, naming
 from quantkit.gguf.architectures import Model
 from quantkit.gguf.blocks import TYPES, BlockType, pack
 from quantkit.gguf.mixes import MIXES, Mix
-from quantkit.gguf.vocabulary import vocabulary
+from quantkit.gguf.vocabulary import reference, vocabulary
+from quantkit.gguf.vocabulary.identity import llama_encoder, same_ids
 from quantkit.model.graph import ModelGraph, Weight
 from quantkit.recipe.plan import TargetPlan
 from quantkit.recipe.spec import Output
 from quantkit.run.ends import EMBED
 from quantkit.run.files import parameters
-from quantkit.run.gguf_file import GgufFile
+from quantkit.run.gguf_file import GgufFile, Origin
+from quantkit.run.gguf_source import tokenizer_folder
 from quantkit.run.quantized import QuantizedCheckpoint
 from quantkit.run.regrid import regrid
 from quantkit.run.results import BlockResult, Results
@@ -60,8 +62,9 @@ def _planned(
 ) -> GgufFile:
     rows = next(w.shape[0] for w in graph.outer if w.role == "embed")
     size = _size(view, graph)
-    general = naming.general(title.name, size, mix.file_type, view.path, title.repository)
-    metadata = {**general, **vocabulary(view.path, rows)}
+    folder = view.path if view.path.is_dir() else view.path.parent
+    general = naming.general(title.name, size, mix.file_type, folder, title.repository)
+    metadata = {**general, **vocabulary(tokenizer_folder(view), rows)}
     stem = naming.file_stem(title.name, mix.name)
     return GgufFile.plan(view, graph, scheme_of, metadata, stem, shard_bytes)
 
@@ -69,6 +72,24 @@ def _planned(
 def _size(view: Checkpoint, graph: ModelGraph) -> naming.Size:
     inside = sum(w.parameters for b in graph.blocks for s in b.sites if s.experts for w in s.weights)
     return naming.Size(parameters(view, graph), inside, Model.of(view.config).experts)
+
+
+def write(file: GgufFile, folder: Path, origin: Origin) -> None:
+    """Write `file` into `folder`, read it back, and, where llama.cpp is installed, let it read texts.
+
+    VerifyError when llama.cpp makes other tokens of them than the source's tokenizer does.
+    """
+    file.write(folder, origin)
+    encode = llama_encoder(folder / file.names[0])
+    if encode is None:
+        return
+    differences = same_ids(reference(tokenizer_folder(file.view)), encode)
+    wrong = [str(difference) for difference in differences if not difference.edge]
+    if wrong:
+        raise VerifyError(
+            "\n".join((f"llama.cpp reads {len(wrong)} texts otherwise than the tokenizer does:", *wrong[:3])),
+            remedy="export to a format that keeps the tokenizer files, and report it",
+        )
 
 
 class StoreOrigin:
@@ -187,7 +208,7 @@ class Moved:
         return ("llama.cpp", "transformers"), self.planned.model.notes()
 
     def write(self, folder: Path) -> None:
-        self.planned.write(folder, self)
+        write(self.planned, folder, self)
 
     def packed(self, key: str, kind: BlockType) -> Tensor:
         return pack(on_blocks(self.source.linear(key), kind), kind)
@@ -201,15 +222,15 @@ class Moved:
         return {s.key: (p.name, s.rows, p.add) for p in self.planned.placed for s in p.sources}
 
     def values(self, folder: Path) -> Callable[[str], Tensor]:
-        """What the file says of a weight: read, and multiplied out, by the `gguf` package, not by us."""
+        """What the file says of a weight: read, and multiplied out by the `gguf` package."""
         gguf = container.library()
-        reader = gguf.GGUFReader(folder / self.file)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        opened = container.open_file(folder / self.file)
 
         def value(name: str) -> Tensor:
             there, rows, add = self._places[name]
-            tensor = tensors[there]
-            data = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()) - add
+            kind = gguf.GGMLQuantizationType[opened.tensors[there].type.ggml]
+            found = gguf.quants.dequantize(opened.read_bytes(there).numpy(), kind)
+            data = torch.from_numpy(found.copy()) - add
             return data if rows is None else data[rows.argsort()]
 
         return value

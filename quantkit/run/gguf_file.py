@@ -92,7 +92,7 @@ class GgufFile:
         """Names of the files, the one to load first."""
         return container.shard_names(self.stem, len(self.shards))
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         """Of all files, to the byte."""
         return sum(container.shard_bytes(self.model.architecture, self.metadata, self.shards))

@@ -62,8 +62,8 @@ def known_importance(
     if lacking:
         more = f" and {len(lacking) - _SHOWN:,} more" if len(lacking) > _SHOWN else ""
         problems.append(
-            f"imatrix: `{path.name}` says nothing of {', '.join(lacking[:_SHOWN])}{more}; it is of another model, "
-            "or collected from too little text"
+            f"imatrix: `{path.name}` says nothing of {', '.join(lacking[:_SHOWN])}{more}: it is of "
+            "another model, or collected from too little text"
         )
     found = imatrix.importance_for(read, placements)
     return Known(found, path.name, sha256_file(path), read.datasets), problems
@@ -75,7 +75,7 @@ def _unmet(target: TargetPlan) -> list[str]:
         return [f"{target.name}: transforms and cache scales need text to calibrate on, not an imatrix"]
     if target.needs & ~Need.SQUARES:
         return [
-            f"{target.name}: {target.target.method} needs the whole gram of inputs, an imatrix holds its diagonal; "
-            "use method rtn with scales weighted, or calibrate on text"
+            f"{target.name}: {target.target.method} needs the gram of inputs, and an imatrix holds its "
+            "diagonal; use method rtn with scales weighted, or calibrate on text"
         ]
     return []

@@ -24,9 +24,9 @@ from quantkit.recipe.plan import Described, Resolved, TargetPlan, resolve
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
 from quantkit.run.estimate import Estimate, context, estimate, existing, resource_blockers
+from quantkit.run.files import entries, parameters, quantized_parameters
 from quantkit.run.gguf import Title, plan_target
 from quantkit.run.gguf_file import GgufFile
-from quantkit.run.files import entries, parameters, quantized_parameters
 from quantkit.run.gguf_source import GgufCheckpoint
 from quantkit.run.known import Known, known_importance
 from quantkit.run.quantized import Dequantized, open_source
@@ -173,8 +173,8 @@ def _quantized_before(source: Source, checkpoint: Checkpoint) -> Iterator[str]:
     """What is to be known of a source that is not the original."""
     if isinstance(checkpoint, GgufCheckpoint) and checkpoint.types:
         yield (
-            f"`{source.requested}` is already quantized (gguf, {' and '.join(checkpoint.types)}): its errors and "
-            "those of the targets add up, and quality is measured against it, not against the original"
+            f"`{source.requested}` is already quantized (gguf, {' and '.join(checkpoint.types)}): its errors "
+            "and those of the targets add up, and quality is measured against it, not against the original"
         )
     if not isinstance(checkpoint, Dequantized):
         return

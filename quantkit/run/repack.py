@@ -109,7 +109,7 @@ def repack(
     Without `output` the result lies beside the source. UsageError when the source is not quantized,
     UnsupportedError with the reasons when a value would change, VerifyError when one did.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source.parent if source.suffix == ".gguf" else source)
     quantized = open_quantized(checkpoint)
     if quantized is None:
         raise UsageError(

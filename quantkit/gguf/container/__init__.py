@@ -1,4 +1,5 @@
-"""The GGUF container: written tensor by tensor, read without copying.
+"""The GGUF container: written tensor by tensor by the package gguf, read without copying by a parser of ours
+that may be given anything (`reading` says why).
 
     "GGUF"  u32 version  u64 tensors  u64 keys
     key    { string name, u32 type, value }

@@ -1,4 +1,4 @@
-"""Values of metadata as bytes. llama.cpp reads a key only as the type that it expects."""
+"""Values of metadata and how wide they are stored. llama.cpp reads a key only as the type that it expects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from quantkit.errors import UnsupportedError
 
@@ -33,48 +33,43 @@ class Typed:
     value: Scalar | Sequence[Scalar]
     width: Width
 
+    @property
+    def listed(self) -> bool:
+        return not isinstance(self.value, str | bool | int | float)
+
 
 # llama.cpp counts in uint32, computes in float32, and has lists of int32, float32, bool and string:
 # that is what bare values become
 Value = Scalar | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float] | Typed
 
 
-def string(text: str) -> bytes:
-    """Length and UTF-8; UnsupportedError for text that has none (lone surrogates)."""
+def typed(key: str, value: Value) -> Typed:
+    """`value` with the width it is stored in; UnsupportedError when it does not fit.
+
+    The library refuses the same values, but without saying which key they belong to.
+    """
+    found = value if isinstance(value, Typed) else Typed(value, _width(key, value))
+    if found.listed and not found.value:
+        raise UnsupportedError(
+            f"`{key}` is an empty list, which the package gguf does not write", remedy="leave the key out"
+        )
+    values: Any = found.value if found.listed else [found.value]
     try:
-        data = text.encode("utf-8")
+        if found.width == "string":
+            "".join(values).encode("utf-8")
+        else:
+            struct.pack(f"<{len(values)}{WIDTHS[found.width][1]}", *values)
     except UnicodeEncodeError as error:
-        raise UnsupportedError(f"{text!r:.40} has no UTF-8: {error.reason}") from error
-    return struct.pack("<Q", len(data)) + data
-
-
-def entry(key: str, value: Value) -> bytes:
-    """One key with its type and value; UnsupportedError when a value does not fit its type."""
-    bare, width = (value.value, value.width) if isinstance(value, Typed) else (value, _width(key, value))
-    number, _ = WIDTHS[width]
-    try:
-        if isinstance(bare, str | bool | int | float):
-            return string(key) + struct.pack("<I", number) + _pack([bare], width)
-        head = struct.pack("<IIQ", ARRAY, number, len(bare))
-        return string(key) + head + _pack(bare, width)
-    except (struct.error, OverflowError, TypeError, AttributeError) as error:
-        raise UnsupportedError(f"`{key}` cannot be stored as {width}: {bare!r:.60}") from error
-
-
-def _pack(values: Sequence[Scalar], width: str) -> bytes:
-    if width == "string":
-        return b"".join(string(text) for text in values)  # type: ignore[arg-type]
-    return struct.pack(f"<{len(values)}{WIDTHS[width][1]}", *values)
+        text = error.object[error.start : error.end]
+        raise UnsupportedError(f"{text!r:.40} in `{key}` has no UTF-8: {error.reason}") from error
+    except (struct.error, OverflowError, TypeError) as error:
+        raise UnsupportedError(f"`{key}` cannot be stored as {found.width}: {found.value!r:.60}") from error
+    return found
 
 
 def _width(key: str, value: Scalar | Sequence[Scalar]) -> Width:
     if isinstance(value, str | bool | int | float):
         return _widest(key, {type(value)}, integers="uint32")
-    if not value:
-        raise UnsupportedError(
-            f"`{key}` is an empty list, and GGUF stores what a list is of",
-            remedy="leave the key out, or say Typed([], 'string')",
-        )
     return _widest(key, {type(element) for element in value}, integers="int32")
 
 

@@ -1,4 +1,10 @@
-"""Reading files that may be anything: nothing is believed before it was compared with the file's size."""
+"""Reading files that may be anything: nothing is believed before it was compared with the file's size.
+
+This is not left to `gguf.GGUFReader` (0.19), which makes several arrays of every element of a list: 11 s and
+560 MiB for a vocabulary of 150,000 tokens with scores, types and merges, 0.3 s here. It also believes what it
+reads: a file of 113 bytes whose list claims 2⁴⁰ elements took 15 s to fill 2 GiB, and lists within lists end
+in a RecursionError. To refuse such files beforehand one must walk through every key, and that is the parser.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,6 @@ from quantkit.gguf.container.writing import (
     ALIGNMENT,
     ALIGNMENT_KEY,
     ARCHITECTURE,
-    MAGIC,
     SPLIT_COUNT,
     SPLIT_NO,
     SPLIT_TENSORS,
@@ -29,7 +34,7 @@ from quantkit.gguf.container.writing import (
 )
 from quantkit.gguf.types import OTHER_TYPES, TYPES
 
-_VERSIONS = (2, 3)
+_MAGIC, _VERSIONS = b"GGUF", (2, 3)
 # the least bytes of a key (name length, type, value) and of a tensor (name length, one size, type, offset)
 _LEAST_KEY, _LEAST_TENSOR = 13, 32
 _NAMES = MappingProxyType({number: (name, code) for name, (number, code) in WIDTHS.items()})
@@ -186,7 +191,7 @@ class _Header:
 
     def _counts(self) -> tuple[int, int]:
         magic, version = self._take(4, "its first bytes"), self._number("I", "the version")
-        if magic != MAGIC:
+        if magic != _MAGIC:
             raise SourceError(f"`{self._path}` is no GGUF file: it begins with {magic!r}", remedy=_AGAIN)
         if version not in _VERSIONS:
             big = "; its bytes are in big-endian order" if version >> 16 and not version & 0xFFFF else ""

@@ -1,21 +1,28 @@
-"""Writing one file, or several that llama.cpp loads through the first."""
+"""Writing one file, or several that llama.cpp loads through the first.
+
+The package gguf writes every byte. Around it: which keys a shard has, what the container or llama.cpp would
+refuse later, exact sizes, and files that are whole or absent. `gguf.GGUFWriter` has shards too, but cuts
+them by its own rule and names a file by the path that it writes to.
+"""
 
 from __future__ import annotations
 
-import struct
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.atomic import AtomicFile
+from quantkit.checkpoint.atomic import AtomicFile, write_error
 from quantkit.errors import RunError, UnsupportedError
-from quantkit.gguf.container.metadata import Typed, Value, entry, string
+from quantkit.gguf.container.metadata import Typed, Value, typed
 from quantkit.gguf.container.stored import MAX_DIMENSIONS, MAX_NAME, Stored
+from quantkit.gguf.tables import library
 
-MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32
 ARCHITECTURE, ALIGNMENT_KEY = "general.architecture", "general.alignment"
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -36,7 +43,7 @@ def write(
     RunError when the disk refuses or contents are others than planned; UnsupportedError for what the
     container cannot say.
     """
-    _write([path], _plan(architecture, metadata, [tensors]), contents)
+    _write([path], architecture, metadata, [tensors], contents)
 
 
 def write_shards(
@@ -49,7 +56,7 @@ def write_shards(
 ) -> list[Path]:
     """Like `write`, into the files of `shard_names`; `contents` run through all shards."""
     paths = [folder / name for name in shard_names(stem, len(shards))]
-    _write(paths, _plan(architecture, metadata, shards), contents)
+    _write(paths, architecture, metadata, shards, contents)
     return paths
 
 
@@ -61,7 +68,7 @@ def plan_shards(tensors: Sequence[Stored], max_bytes: int) -> list[list[Stored]]
     shards: list[list[Stored]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = _padded(tensor.nbytes, ALIGNMENT)
+        size = _padded(tensor, ALIGNMENT)
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -85,108 +92,142 @@ def file_bytes(architecture: str, metadata: Mapping[str, Value], tensors: Sequen
 def shard_bytes(
     architecture: str, metadata: Mapping[str, Value], shards: Sequence[Sequence[Stored]]
 ) -> list[int]:
-    """Bytes of each file that `write_shards` makes."""
-    return [shard.size for shard in _plan(architecture, metadata, shards)]
+    """Bytes of each file that `write_shards` makes: what precedes the data is written to a temporary file,
+    which for a large vocabulary takes most of a second."""
+    _check(shards)
+    sizes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for keys, tensors in zip(_keys(architecture, metadata, shards), shards, strict=True):
+            with _begun(Path(folder) / "head.gguf", keys, tensors, needed=0) as (writer, _):
+                data = sum(_padded(tensor, writer.data_alignment) for tensor in tensors)
+                sizes.append(writer.fout[0].tell() + data)
+    return sizes
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """One file: what comes before its data, and what its tensors are padded to."""
-
-    head: bytes
-    alignment: int
-    tensors: Sequence[Stored]
-
-    @property
-    def size(self) -> int:
-        return len(self.head) + sum(_padded(tensor.nbytes, self.alignment) for tensor in self.tensors)
-
-
-def _write(paths: Sequence[Path], shards: Sequence[_Shard], contents: Iterable[Tensor]) -> None:
-    rest = sum(shard.size for shard in shards)
+def _write(
+    paths: Sequence[Path],
+    architecture: str,
+    metadata: Mapping[str, Value],
+    shards: Sequence[Sequence[Stored]],
+    contents: Iterable[Tensor],
+) -> None:
+    _check(shards)
+    rest = sum(tensor.nbytes for tensors in shards for tensor in tensors)
     data = iter(contents)
-    for path, shard in zip(paths, shards, strict=True):
-        rest -= shard.size
-        file = AtomicFile(path, size=shard.size, beyond=rest)
-        try:
-            file.write(shard.head)
-            for tensor in shard.tensors:
-                file.write(_checked(tensor, next(data, None)))
-                file.write(bytes(-tensor.nbytes % shard.alignment))
+    for path, keys, tensors in zip(paths, _keys(architecture, metadata, shards), shards, strict=True):
+        with _begun(path, keys, tensors, needed=rest) as (writer, file):
+            for tensor in tensors:
+                array = _checked(tensor, next(data, None))
+                with _disk(file, rest):
+                    writer.write_tensor_data(array)
+                rest -= tensor.nbytes
+            with _disk(file, rest):
+                writer.flush()
             file.commit()
-        finally:
-            file.discard()
     if next(data, None) is not None:
         raise RunError("more contents than planned tensors")
 
 
-def _checked(tensor: Stored, data: Tensor | None) -> memoryview:
+@contextmanager
+def _begun(
+    path: Path, keys: Mapping[str, Value], tensors: Sequence[Stored], needed: int
+) -> Iterator[tuple[Any, AtomicFile]]:
+    """The library's writer, past all that precedes the data, and its file, removed unless committed."""
+    writer = _writer(keys, tensors)
+    file = AtomicFile(path, size=needed)
+    try:
+        with _disk(file, needed):
+            # through a handle of its own: `commit` flushes and renames whatever has written
+            writer.write_header_to_file(file.partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            # it would do so before the first tensor, which may never come
+            writer.write_padding(writer.fout[0], writer.fout[0].tell())
+        yield writer, file
+    finally:
+        with suppress(OSError):  # what could not be flushed was said before
+            writer.close()
+        file.discard()
+
+
+def _writer(keys: Mapping[str, Value], tensors: Sequence[Stored]) -> Any:
+    """Knows all keys and tensors, and has no file yet; UnsupportedError for a value that does not fit."""
+    gguf = library()
+    # it stores the architecture first and leaves out an empty one
+    writer = gguf.GGUFWriter(None, keys.get(ARCHITECTURE, ""))
+    for key, value in keys.items():
+        found = typed(key, value)
+        kind = gguf.GGUFValueType[found.width.upper()]
+        if key == ALIGNMENT_KEY:
+            try:
+                writer.add_custom_alignment(found.value)
+            except (TypeError, ValueError) as error:
+                raise UnsupportedError(f"`{key}` must be a power of two, not {found.value!r}") from error
+        elif found.listed:
+            writer.add_key_value(key, found.value, gguf.GGUFValueType.ARRAY, kind)
+        elif key != ARCHITECTURE:
+            writer.add_key_value(key, found.value, kind)
+    for tensor in tensors:
+        # a shape in weights: the library takes it for one in bytes only when the dtype is uint8
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type.id
+        )
+    return writer
+
+
+@contextmanager
+def _disk(file: AtomicFile, needed: int) -> Iterator[None]:
+    """What the disk refuses to the library, as `AtomicFile` says it."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(_reason(error, file.partial), file.path, needed=needed) from error
+
+
+def _reason(error: OSError, path: Path) -> OSError:
+    """numpy, which writes for the library, says how much was refused and not why: one more byte tells."""
+    if error.errno is None:
+        try:
+            with path.open("ab", buffering=0) as file:
+                file.write(b"\0")
+        except OSError as why:
+            return why
+    return error
+
+
+def _checked(tensor: Stored, data: Tensor | None) -> Any:
     if data is None or data.dtype != torch.uint8 or tuple(data.shape) != tensor.byte_shape:
         found = "nothing" if data is None else f"{tuple(data.shape)} {data.dtype}"
         raise RunError(f"`{tensor.name}`: planned as {tensor.byte_shape} bytes, got {found}")
-    return data.cpu().contiguous().numpy().data
+    return data.cpu().contiguous().numpy()
 
 
-def _plan(
+def _keys(
     architecture: str, metadata: Mapping[str, Value], shards: Sequence[Sequence[Stored]]
-) -> list[_Shard]:
-    _check([tensor for shard in shards for tensor in shard])
-    found = []
-    for number, tensors in enumerate(shards):
-        keys = dict(_keys(architecture, metadata)) if number == 0 else {}
-        if len(shards) > 1:
-            keys |= _split_keys(number, shards)
-        alignment = _alignment(keys)
-        head = b"".join(
-            (
-                MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(keys)),
-                *(entry(key, value) for key, value in keys.items()),
-                *_infos(tensors, alignment),
-            )
+) -> Iterator[dict[str, Value]]:
+    """The keys of each shard: all are in the first, the others say only which they are."""
+    if metadata.get(ARCHITECTURE, architecture) != architecture:
+        raise UnsupportedError(
+            f"`{ARCHITECTURE}` is {metadata[ARCHITECTURE]!r} in the metadata and {architecture!r} beside it"
         )
-        found.append(_Shard(head + bytes(-len(head) % alignment), alignment, tensors))
-    return found
-
-
-def _keys(architecture: str, metadata: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
-    if architecture:
-        yield ARCHITECTURE, architecture
-    for key, value in metadata.items():
-        if key == ARCHITECTURE and value != architecture:
-            raise UnsupportedError(f"`{key}` is {value!r} in the metadata and {architecture!r} beside it")
-        if key not in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS):  # how another file was cut
-            yield key, value
-
-
-def _split_keys(number: int, shards: Sequence[Sequence[Stored]]) -> dict[str, Value]:
-    # in the types that the loader insists on; `split.no` counts from 0, file names from 1
-    return {
-        SPLIT_NO: Typed(number, "uint16"),
-        SPLIT_COUNT: Typed(len(shards), "uint16"),
-        SPLIT_TENSORS: Typed(sum(len(shard) for shard in shards), "int32"),
+    # how another file was cut does not matter here
+    kept = {
+        key: value for key, value in metadata.items() if key not in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS)
     }
+    for number in range(len(shards)):
+        keys = {ARCHITECTURE: architecture, **kept} if number == 0 else {}
+        if len(shards) > 1:
+            # in the types that the loader insists on; `split.no` counts from 0, file names from 1
+            keys[SPLIT_NO] = Typed(number, "uint16")
+            keys[SPLIT_COUNT] = Typed(len(shards), "uint16")
+            keys[SPLIT_TENSORS] = Typed(sum(map(len, shards)), "int32")
+        yield keys
 
 
-def _alignment(keys: Mapping[str, Value]) -> int:
-    value = keys.get(ALIGNMENT_KEY, ALIGNMENT)
-    if not isinstance(value, int) or value < 1 or value & (value - 1):
-        raise UnsupportedError(f"`{ALIGNMENT_KEY}` must be a power of two, not {value!r}")
-    return value
-
-
-def _infos(tensors: Sequence[Stored], alignment: int) -> Iterator[bytes]:
-    offset = 0
-    for tensor in tensors:
-        dimensions = len(tensor.shape)
-        yield string(tensor.name)
-        yield struct.pack(f"<I{dimensions}Q", dimensions, *reversed(tensor.shape))
-        yield struct.pack("<IQ", tensor.type.id, offset)
-        offset += _padded(tensor.nbytes, alignment)
-
-
-def _check(tensors: Sequence[Stored]) -> None:
+def _check(shards: Sequence[Sequence[Stored]]) -> None:
+    """What the library would write and llama.cpp refuse."""
     seen = set()
-    for tensor in tensors:
+    for tensor in (tensor for tensors in shards for tensor in tensors):
         if len(tensor.name.encode()) > MAX_NAME:
             raise UnsupportedError(f"`{tensor.name}` is longer than the {MAX_NAME} bytes that GGUF allows")
         if tensor.name in seen:
@@ -195,8 +236,9 @@ def _check(tensors: Sequence[Stored]) -> None:
             raise UnsupportedError(
                 f"`{tensor.name}` has the shape {tensor.shape}; GGUF holds 1 to {MAX_DIMENSIONS} dimensions"
             )
+        tensor.type.row_bytes(tensor.shape[-1])
         seen.add(tensor.name)
 
 
-def _padded(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
+def _padded(tensor: Stored, alignment: int) -> int:
+    return -(-tensor.nbytes // alignment) * alignment

@@ -12,11 +12,9 @@ from torch import Tensor
 from quantkit.numerics.lattices.codebook import Codebook, codebook, nearest_rows
 from quantkit.numerics.lattices.kinds import COLUMNS, PARITY, LatticeKind
 from quantkit.numerics.lattices.parts import Parts, assemble, runs_of, signs_of
-from quantkit.numerics.lattices.scales import Target, odd, searched
+from quantkit.numerics.lattices.scales import ROWS, Target, odd, searched
 from quantkit.tensors import Lattice
 
-# rows solved at once: temporaries of some 16 KiB each; fewer, and calls cost more than what they do
-_ROWS = {"cpu": 512, "cuda": 1 << 14}
 # inputs that were never excited still count so much of the mean
 _FLOOR = 1e-3
 
@@ -29,7 +27,7 @@ def nearest(kind: LatticeKind, table: Tensor, weight: Tensor, importance: Tensor
     book = codebook(table, kind.neighbours)
     weights = floored(importance, weight)
     pieces = []
-    for rows in torch.split(weight, _ROWS[weight.device.type]):
+    for rows in torch.split(weight, ROWS[weight.device.type]):
         done = []
         for start in range(0, weight.shape[1], COLUMNS):
             columns = slice(start, start + COLUMNS)

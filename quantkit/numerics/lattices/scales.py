@@ -23,6 +23,8 @@ _GUESSES = (0.6, 0.75, 0.9, 1.1, 1.3, 1.6, 1.9, 2.3)
 _AROUND = (1.0, 0.8, 0.9, 1.1, 1.22)
 _STARTS = (1.0, 0.85, 0.92, 1.08, 1.17, 1.27)
 _LARGEST = 65504.0
+# super-blocks solved at once: temporaries of some 16 KiB each; fewer, and calls cost more than what they do
+ROWS = {"cpu": 512, "cuda": 1 << 14}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,7 @@ class Target:
             turned = torch.where(odd(w)[:, None], -a.gather(1, cheapest), a.gather(1, cheapest))
             a = a.scatter(1, cheapest, turned)
         weights = v.view(-1, kind.length).repeat(len(w), 1)
-        return cls(
-            kind, book, codebook(book.table, _COARSE[kind.length]), a.reshape(-1, kind.length), weights
-        )
+        return cls(kind, book, a.reshape(-1, kind.length), weights)
 
     def candidates(self, steps_ns: Tensor) -> Candidates:
         """The rows of the table near these weights at these steps."""
@@ -118,8 +118,19 @@ class Target:
 
 def search(kind: LatticeKind, table: Tensor, w: Tensor, v: Tensor | None) -> Scales:
     """Scales of super-blocks w (n, 256) fp32, for example compensated ones, by weighted error; v (1, 256)."""
-    weights = torch.ones_like(w[:1]) if v is None else v
-    scales, points = searched(Target.of(kind, codebook(table, kind.neighbours), w, weights.flatten()))
+    weights = torch.ones_like(w[0]) if v is None else v.flatten()
+    book = codebook(table, kind.neighbours)
+    found = [_scales(kind, book, some, weights) for some in torch.split(w, ROWS[w.device.type])]
+    shifts = [each.shift for each in found if each.shift is not None]
+    return Scales(
+        torch.cat([each.d for each in found]),
+        torch.cat([each.sub for each in found]),
+        torch.cat(shifts) if shifts else None,
+    )
+
+
+def _scales(kind: LatticeKind, book: Codebook, w: Tensor, v: Tensor) -> Scales:
+    scales, points = searched(Target.of(kind, book, w, v))
     if points.shift is None or kind.run == kind.length:
         return scales
     return Scales(scales.d, scales.sub, points.shift[:, :: kind.group // kind.length].contiguous())
@@ -134,7 +145,7 @@ def searched(aimed: Target) -> tuple[Scales, Points]:
     # half a sub-scale above what they are: so that the floor is not a matter of rounding errors
     middle = scales.steps() + scales.d.float()[:, None] / 2
     scales, _ = _windowed(aimed, near, scales.d, middle, (-1, 0, 1))
-    scales = _refitted(aimed, near, scales)
+    scales = _refitted(aimed, near, scales, aimed.kind.gamma)
     return scales, aimed.points(near, scales.steps())
 
 
@@ -198,13 +209,13 @@ def _windowed(
     return Scales(d, best.to(torch.uint8)), least.sum(1)
 
 
-def _refitted(aimed: Target, near: Candidates, scales: Scales) -> Scales:
+def _refitted(aimed: Target, near: Candidates, scales: Scales, gamma: float = 1.0) -> Scales:
     """The same with d of least squares for the best points, times gamma."""
     points = aimed.points(near, scales.steps())
     factor = aimed.per_code(scales.sub + 0.5).view(-1, aimed.kind.codes)
     over, under = (points.crossed * factor).sum(1), (points.squared * factor.square()).sum(1)
     fits = (over > 0) & (under > 0)
-    return Scales(torch.where(fits, _rounded(over / under * aimed.kind.gamma), scales.d), scales.sub)
+    return Scales(torch.where(fits, _rounded(over / under * gamma), scales.d), scales.sub)
 
 
 def _rounded(d: Tensor) -> Tensor:

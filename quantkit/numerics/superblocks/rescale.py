@@ -81,7 +81,7 @@ class _Step:
     dmin: Tensor | None
 
     def best(self, q: Tensor, m: Tensor, near: Tensor, sub: Tensor, submin: Tensor | None) -> _Moved:
-        """q, m (columns, out) points and gradients, near (columns, columns) the curvature among the columns."""
+        """q, m (columns, out): points and gradients; near (columns, columns): the curvature among them."""
         low, high = self.block.scales or (0, 0)
         coupled = near @ q
         g_s, h_ss = (q * m).sum(0), (q * coupled).sum(0)

@@ -2,8 +2,8 @@
 
 Super-blocks are met by falling importance, as the file's layout allows; when one is reached, its scales are
 searched on the weights that the errors so far have moved, and its columns follow, important ones first. Then
-codes and the float16 scales are revisited in turn: coordinate descent on codes, least squares through the gram
-on all d and dmin of a row at once. Rows are independent. Shape suffixes: o out, i in, n super-blocks of a row.
+everything is revisited in turn: codes and sub-scales by coordinate descent, all d and dmin of a row at once
+by least squares through the gram. Rows are independent. Shape suffixes: o out, i in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def order(kind: str, diagonal: Tensor) -> Tensor:
 
 
 def stages(kind: str, weight: Tensor, seen: Seen, steps: Steps) -> Iterator[QuantizedTensor]:
-    """What becomes of weight (out, in) fp32 after every stage of `steps`, each better on the gram than before.
+    """weight (out, in) fp32 after every stage of `steps`, each better on the gram than the one before.
 
     `seen` is in the order that `order` gives; its factor is there.
     """
@@ -76,7 +76,7 @@ def _assembled(kind: str, codes_io: Tensor, scales: Scales, order: Tensor) -> Qu
 
 
 class _Groups:
-    """`Grids` whose scales are searched, super-block by super-block, when the first column of one is reached."""
+    """`Grids` whose scales are searched when the first column of a super-block is reached."""
 
     def __init__(self, block: Superblock, order: Tensor, importance: Tensor) -> None:
         self._block, self._order, self._importance = block, order, importance
@@ -104,7 +104,7 @@ class _Groups:
         in_file = torch.empty_like(moved)
         in_file[place] = moved
         own = self._importance[number * columns : (number + 1) * columns]
-        found = search(self._block.name, in_file.T.contiguous(), own[None])
+        found = search(self._block.name, in_file.T, own[None])
         offset = found.offset(self._block.name)
         self._found[number] = found
         self._scale = list(found.scale(self._block.name).T.contiguous())

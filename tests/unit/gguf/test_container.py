@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,7 +113,6 @@ WIDTHS: list[tuple[Typed, Any]] = [
     (Typed([1, 65_535], "uint16"), [1, 65_535]),
     (Typed([True, False, True], "bool"), [True, False, True]),
     (Typed([0.1, 1e300], "float64"), [0.1, 1e300]),
-    (Typed([], "string"), []),
     (Typed([2**63], "uint64"), [2**63]),
 ]
 
@@ -124,9 +124,8 @@ def test_every_width(value: Typed, meaning: Any, tmp_path: Path) -> None:
     assert (list(found) if isinstance(found, tuple) else found) == meaning
     assert opened.widths["key"] == value.width
     field = gguf.GGUFReader(tmp_path / "model.gguf").get_field("key")
-    if meaning != []:
-        assert field.types[-1] == gguf.GGUFValueType[value.width.upper()]
-        assert field.contents() == meaning
+    assert field.types[-1] == gguf.GGUFValueType[value.width.upper()]
+    assert field.contents() == meaning
     # what was read can be written again as it was
     bare = list(found) if isinstance(found, tuple) else found
     again = written(tmp_path, key=Typed(bare, opened.widths["key"]))
@@ -136,7 +135,8 @@ def test_every_width(value: Typed, meaning: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ([], "`key` is an empty list, and GGUF stores what a list is of"),
+        ([], "`key` is an empty list, which the package gguf does not write"),
+        (Typed([], "string"), "`key` is an empty list"),
         (-1, "`key` cannot be stored as uint32: -1"),
         (2**32, "`key` cannot be stored as uint32"),
         (Typed(256, "uint8"), "`key` cannot be stored as uint8"),
@@ -145,6 +145,7 @@ def test_every_width(value: Typed, meaning: Any, tmp_path: Path) -> None:
         (1e39, "`key` cannot be stored as float32"),
         (["a", 1], "`key` holds int, str: GGUF has strings, booleans and numbers, one kind a list"),
         ("\ud800", "has no UTF-8: surrogates not allowed"),
+        (["a", "b\udc00"], r"'.udc00' in `key` has no UTF-8"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(value: Any, reason: str, tmp_path: Path) -> None:
@@ -155,6 +156,21 @@ def test_values_that_do_not_fit_are_refused(value: Any, reason: str, tmp_path: P
 
 def test_an_empty_string_is_a_value(tmp_path: Path) -> None:
     assert open_file(written(tmp_path, empty="")).metadata["empty"] == ""
+
+
+def test_an_empty_list_of_another_writer_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", "", {"key": Typed([7], "uint16")}, [], [])
+    one, none = (struct.pack("<IIQ", 9, 2, count) for count in (1, 0))
+    (tmp_path / "a.gguf").write_bytes((tmp_path / "a.gguf").read_bytes().replace(one, none))
+    opened = open_file(tmp_path / "a.gguf")
+    assert (opened.metadata["key"], opened.widths["key"]) == ((), "uint16")
+
+
+@pytest.mark.parametrize("value", [0, 48, "32", 32.0], ids=str)
+def test_an_alignment_is_a_power_of_two(value: Value, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"`general.alignment` must be a power of two, not"):
+        write(tmp_path / "model.gguf", "llama", {"general.alignment": value}, [], [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists_of_mixed_numbers_are_floats(tmp_path: Path) -> None:
@@ -210,6 +226,21 @@ def test_a_full_disk_says_what_was_missing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(BudgetError, match=r"disk full while writing .*model.gguf"):
         written(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [0, 100, 3_000], ids=["at once", "in the metadata", "in a tensor"])
+def test_what_the_disk_refuses_is_said(limit: int, tmp_path: Path) -> None:
+    large = Stored("blk.0.ffn_up.weight", (64, 64), "f32")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(BudgetError, match=r"size limit exceeded while writing .*model.gguf`: ") as caught:
+            written(tmp_path, [TENSORS[1], large])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # a tensor counts until all of it is there
+    assert caught.value.needed == large.nbytes + (20 if limit < 3_000 else 0)
     assert not list(tmp_path.iterdir())
 
 
