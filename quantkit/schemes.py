@@ -201,7 +201,7 @@ class Scheme:
     @property
     def name(self) -> str:
         """The preset name that parses back to this scheme; scale dtype and convention are the format's."""
-        if self.ggml:
+        if self.mix or self.ggml:
             return self.mix or self.numbers
         table = _TABLES.get(self.numbers)
         size = f"g{self.group_size}" if self.group_size is not None else ""

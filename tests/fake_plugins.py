@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from quantkit import registry
+from quantkit.allocate import gguf_mix
 from quantkit.errors import RecipeError
 from quantkit.schemes import Scheme, parse_scheme
 
@@ -60,6 +61,7 @@ def _module(**values: object) -> ModuleType:
 
 
 FAKES = {
+    "allocate": {"gguf_mix": gguf_mix},
     "methods": {
         "gptq": _module(Params=GptqParams, SUMMARY="error feedback"),
         "rtn": _module(Params=RtnParams, SUMMARY="nearest"),

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from quantkit.gguf.mixes import MIXES, ROW, Mix, parse_type
+from quantkit.gguf.types import TYPES
 
 SUMMARY = "llama.cpp's own mixes of types, tensor by tensor"
 
@@ -366,6 +367,22 @@ def _fitting(kind: str, width: int) -> Choice:
     if width % ROW[other]:
         other = "f16"
     return Choice(other, f"row length {width:,} is not a multiple of {ROW[kind]}: {other} instead of {kind}")
+
+
+def typical_bits(mix: Mix) -> float:
+    """Bits per weight of Llama 3.1 8B in this mix, norms left out."""
+    blocks, hidden, inner, vocabulary = 32, 4096, 14336, 128_256
+    shapes = {
+        **{f"attn_{part}": (hidden, hidden) for part in ("q", "output")},
+        **{f"attn_{part}": (1024, hidden) for part in ("k", "v")},
+        **{f"ffn_{part}": (inner, hidden) for part in ("gate", "up")},
+        "ffn_down": (hidden, inner),
+    }
+    items = [Item(name, (vocabulary, hidden)) for name in (_OUTPUT, _EMBEDDINGS[0])]
+    items += [Item(f"blk.{i}.{name}.weight", shape) for i in range(blocks) for name, shape in shapes.items()]
+    choices = assign(mix, items, Facts("llama", blocks, 32, 8), imatrix=True)
+    size = sum(item.shape[0] * TYPES[choices[item.name].type].row_bytes(item.shape[1]) for item in items)
+    return 8 * size / sum(item.shape[0] * item.shape[1] for item in items)
 
 
 def refused_without_imatrix(choices: Mapping[str, Choice], mix: Mix) -> list[str]:

@@ -59,7 +59,7 @@ def _recipe_flags(command: Any) -> Any:
 @CACHE_DIR
 @common_options
 def command(sources: tuple[str, ...], **flags: Any) -> None:
-    """Collect an importance matrix (llama.cpp's imatrix), or merge some.
+    """Collect an importance matrix (imatrix), or merge some.
 
     SOURCE is a Hub id, a folder, a GGUF file, or demo for the embedded model and text. A run that was stopped
     continues when the same command is given again. In a merge, --calib-length says how many tokens a chunk

@@ -33,7 +33,7 @@ _EXAMPLES = (
 @option("Common", "--restart", is_flag=True, help="forget an earlier run instead of continuing it")
 @common_options
 def command(**flags: Any) -> int:
-    """Quantize a model to one or more targets, check and measure the results.
+    """Quantize a model to targets, check and measure the results.
 
     SOURCE is a Hub id, a folder, or demo for the embedded model. A run that was stopped continues
     when the same command is given again.

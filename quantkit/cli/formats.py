@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLE = (4096, 4096)
 _SOURCE = "bfloat16"
 # engines that load and compute without a GPU
-_ON_CPU = ("transformers", "transformers+gptqmodel", "gptqmodel", "hqq")
+_ON_CPU = ("transformers", "transformers+gptqmodel", "gptqmodel", "hqq", "llama.cpp")
 
 
 @click.command("formats", cls=Command, examples=("quantkit formats", "quantkit formats --json"))
@@ -36,7 +36,9 @@ def command(**flags: Any) -> None:
     targets = [row for name in registry.names("formats") for row in _presets(name)]
     methods = _described("methods")
     transforms = _described("transforms")
-    notes = ["bits per weight: with scales and zero points, in a matrix of 4,096 x 4,096"]
+    notes = [
+        "bits per weight: with scales and zero points, in a matrix of 4,096 x 4,096; gguf: of Llama 3.1 8B"
+    ]
     notes += [f"{name}: {registry.load('formats', name).SUMMARY}" for name in registry.names("formats")]
     notes += [f"short names: {', '.join(f'{name} = {target}' for name, target in shortcuts().items())}"]
     rows = tuple(
@@ -86,7 +88,7 @@ def _presets(name: str) -> list[dict[str, Any]]:
         rows.append(
             {
                 "target": f"{name}:{preset}",
-                "bits_per_weight": 8 * size / math.prod(_EXAMPLE),
+                "bits_per_weight": _mixed_bits(scheme.mix) or 8 * size / math.prod(_EXAMPLE),
                 "group": _group(scheme),
                 "method": method,
                 "calibrated": bool(needs_of(module.quantizer(module.Params()), (), (scheme,))),
@@ -98,6 +100,14 @@ def _presets(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _mixed_bits(mix: str) -> float:
+    """Of a whole model, where a preset gives its weights different types; else 0."""
+    from quantkit.allocate.gguf_mix import typical_bits
+    from quantkit.gguf.mixes import MIXES
+
+    return typical_bits(MIXES[mix]) if mix else 0.0
+
+
 def _group(scheme: Scheme) -> str:
     """What shares a scale, in words."""
     if scheme.per_tensor:
@@ -106,4 +116,6 @@ def _group(scheme: Scheme) -> str:
         return f"{scheme.tile} x {scheme.tile}"
     if scheme.group_size is None:
         return "row"
+    if scheme.group_size == 1:
+        return "none"
     return f"{scheme.group_size} {'outputs' if scheme.axis == 0 else 'inputs'}"

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
+from quantkit.errors import UnsupportedError
 from quantkit.gguf.blocks import TYPES, pack, type_of, unpack
 from quantkit.gguf.mixes import MIXES, parse_mix
 from quantkit.model.graph import Weight
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
-from quantkit.tensors import QuantizedLinear
+from quantkit.tensors import Affine, QuantizedLinear
 
 SUMMARY = "one file with everything, 1.6 to 16 bits, for llama.cpp, Ollama, LM Studio"
 DEFAULT_SCHEME = "q4_k_m"
 PRESETS = tuple(MIXES)
 
+# of a matrix; in a file it has the name that llama.cpp gives it
+_ROWS = ".rows"
 _EXACT = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 
 
@@ -68,36 +71,46 @@ class Gguf:
 
     def layout(self, weight: Weight, scheme: Scheme) -> tuple[TensorSpec, ...]:
         out, width = weight.shape
-        return (TensorSpec(weight.key, torch.uint8, (out, type_of(scheme).row_bytes(width))),)
+        return (TensorSpec(_stored(weight.key), torch.uint8, (out, type_of(scheme).row_bytes(width))),)
 
     def encode(self, linear: QuantizedLinear, scheme: Scheme, dtype: str = "bfloat16") -> dict[str, Tensor]:
-        return {linear.name: pack(linear.weight, type_of(scheme))}
+        if isinstance(linear.weight, Affine) and linear.weight.column_group is not None:
+            raise UnsupportedError(f"gguf cannot store the column groups of `{linear.name}`")
+        try:
+            return {_stored(linear.name): pack(linear.weight, type_of(scheme))}
+        except UnsupportedError as error:
+            raise UnsupportedError(f"`{linear.name}`: {error.message}", remedy=error.remedy) from error
 
     def companions(self, facts: FormatFacts) -> Mapping[str, Tensor]:
         return {}
 
     def base_name(self, tensor: str) -> str | None:
-        return tensor
+        return tensor.removesuffix(_ROWS) if tensor.endswith(_ROWS) else None
 
     def measure(
         self, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
     ) -> tuple[tuple[int, int], int]:
         kind = TYPES[config["types"][name]]
-        out, row_bytes = tensors[name].shape
+        out, row_bytes = tensors[_stored(name)].shape
         return (out, row_bytes // kind.nbytes * kind.elements), parse_scheme(kind.name).bits
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedLinear:
-        return QuantizedLinear(name, unpack(tensors[name], TYPES[config["types"][name]]))
+        return QuantizedLinear(name, unpack(tensors[_stored(name)], TYPES[config["types"][name]]))
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         """Which type each matrix has; a file says so in its directory of tensors."""
-        return {"types": {a.weight.key: a.scheme.numbers for a in facts.assigned if a.scheme is not None}}
+        found = {a.weight.key: a.scheme.numbers for a in facts.assigned if a.scheme is not None}
+        return {"quant_method": "gguf", "types": found}
 
     def side_files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
         return {}
 
     def engines(self, facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return ("llama.cpp", "Ollama", "LM Studio"), ()
+
+
+def _stored(key: str) -> str:
+    return key + _ROWS
 
 
 FORMAT = Gguf()

@@ -20,9 +20,9 @@ SUMMARY = "round to nearest; data-free unless scales are weighted"
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """scales: `container` (the convention of the format's own tools; searched where it has none), a convention by
-    name (`absmax`, `half_step`, `full_range`: see `numerics.grids`), `mse` (searched) or
-    `weighted` (by importance)."""
+    """scales: `container` (the convention of the format's own tools; searched where it has none), `absmax`,
+    `half_step` and `full_range` (conventions by name, see `numerics.grids`), `mse` (searched) or `weighted`
+    (by importance)."""
 
     scales: Literal[Scales, "container"] = "container"
 

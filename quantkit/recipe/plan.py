@@ -11,6 +11,7 @@ from typing import Any
 
 from quantkit import registry
 from quantkit.calibrate.statistics import Need
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RecipeError, UnsupportedError
 from quantkit.gguf.architectures import Model
 from quantkit.model.fused import attention_of
@@ -104,6 +105,11 @@ class Described:
     model_type: str
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Described:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        return cls(checkpoint.dtype, checkpoint.model_type, checkpoint.config, shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from quantkit.recipe.check import Range, doc, extras, hints, options
 from quantkit.recipe.spec import Recipe, Target, TransformSpec
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_PLUGINS = ("method", "mix")
 _REFERENCE = r"\$\{"
 
 
@@ -33,7 +34,7 @@ def _record(cls: type[Any]) -> dict[str, Any]:
         if cls is Target and f.name == "options":
             continue
         found: dict[str, Any] = {"description": doc(of[f.name])} if doc(of[f.name]) else {}
-        found |= _plugin("methods") if cls is Target and f.name == "method" else _hint(of[f.name])
+        found |= _of_target(f.name) if cls is Target and f.name in _PLUGINS else _hint(of[f.name])
         if f.default is f.default_factory is MISSING:
             required.append(f.name)
         elif f.default is None or (isinstance(f.default, str | int | float) and f.default != ""):
@@ -41,6 +42,13 @@ def _record(cls: type[Any]) -> dict[str, Any]:
         properties[f.name] = found
     record = {"type": "object", "additionalProperties": False, "properties": properties}
     return {**record, "required": required} if required else record
+
+
+def _of_target(field: str) -> dict[str, Any]:
+    """What plugins say about a field of a target."""
+    if field == "method":
+        return _plugin("methods")
+    return _record(plugins.params_type("allocate", plugins.MIXER))
 
 
 def _hint(hint: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _pairs(tail: str) -> dict[str, str]:
     return given
 
 
-def _mixed(scheme: Scheme, given: dict[str, str]) -> tuple[dict[str, object], dict[str, str]]:
+def _mixed(scheme: Scheme, given: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """(options of the rules of a preset, what else is given)."""
     if not scheme.mix:
         return {}, given

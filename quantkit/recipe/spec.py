@@ -204,7 +204,7 @@ class Target:
     feedback: Annotated[bool, "calibrate on the activations of the quantized blocks before"] = False
     name: Annotated[str, "name of the target and its folder"] = ""
     rules: Annotated[tuple[Rule, ...], "rules of this target, tried before the recipe's"] = ()
-    mix: Annotated[Mapping[str, Any], "options of a gguf preset: pure, output, embedding"] = field(
+    mix: Annotated[Mapping[str, Scalar | None], "options of a gguf preset: pure, output, embedding"] = field(
         default_factory=dict
     )
 

@@ -158,9 +158,7 @@ def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None
     check_floats(source, checkpoint, graph)
     from quantkit import __version__
 
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    described = Described(checkpoint.dtype, checkpoint.model_type, checkpoint.config, shapes)
-    resolved = resolve(recipe, graph, described, __version__)
+    resolved = resolve(recipe, graph, Described.of(checkpoint), __version__)
     files, problems = _files(recipe, resolved, checkpoint, graph, source)
     needed = estimate(recipe, resolved, checkpoint, graph, files)
     known, lacking = known_importance(recipe, resolved.targets, checkpoint, graph)

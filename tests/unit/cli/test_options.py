@@ -144,7 +144,7 @@ def test_the_list_of_options_is_deliberate() -> None:
 
     shared = {
         "--recipe", "--to", "--rule", "--set", "--print-recipe", "--output", "--on-exists", "--shard-size",
-        "--calib", "--calib-rows", "--calib-length", "--calib-seed", "--eval", "--eval-style",
+        "--calib", "--calib-rows", "--calib-length", "--calib-seed", "--imatrix", "--eval", "--eval-style",
         "--eval-chunks", "--no-eval", "--device", "--max-memory", "--dtype", "--offline", "--cache-dir",
         "--json", "--progress", "--quiet", "--verbose", "--no-color", "--log-file",
     }  # fmt: skip

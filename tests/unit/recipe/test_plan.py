@@ -11,7 +11,7 @@ import pytest
 from quantkit import registry
 from quantkit.calibrate.statistics import Need
 from quantkit.model.graph import Block, ModelGraph, Role, Site, Weight
-from quantkit.recipe.plan import Resolved, TargetPlan, key_of, needs_of, resolve
+from quantkit.recipe.plan import Described, Resolved, TargetPlan, key_of, needs_of, resolve
 from quantkit.recipe.rules import Rule
 from quantkit.recipe.shorthand import parse_targets
 from quantkit.recipe.spec import Recipe
@@ -53,7 +53,9 @@ def graph(blocks: int = 3, attentions: int = 1) -> ModelGraph:
 
 def resolved(*targets: str, rules: Sequence[Rule] = (), on: ModelGraph | None = None) -> Resolved:
     made = tuple(target for text in targets for target in parse_targets(text))
-    return resolve(Recipe("x", made, rules=tuple(rules)), on or graph(), "bfloat16", "1.2")
+    return resolve(
+        Recipe("x", made, rules=tuple(rules)), on or graph(), Described("bfloat16", "llama", {}, {}), "1.2"
+    )
 
 
 def plan(text: str, *rules: Rule) -> TargetPlan:

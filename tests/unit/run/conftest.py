@@ -14,7 +14,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
 from quantkit.model.runtime import Runtime
-from quantkit.recipe.plan import TargetPlan, resolve
+from quantkit.recipe.plan import Described, TargetPlan, resolve
 from quantkit.recipe.shorthand import parse_targets
 from quantkit.recipe.spec import Recipe
 from tests.models import tiny_model, tiny_tokens
@@ -30,7 +30,7 @@ class Model:
 
     def target(self, text: str) -> TargetPlan:
         """What a recipe makes of a target for this model; it must be possible."""
-        resolved = resolve(Recipe("x", parse_targets(text)), self.graph, self.checkpoint.dtype, "0")
+        resolved = resolve(Recipe("x", parse_targets(text)), self.graph, Described.of(self.checkpoint), "0")
         assert resolved.blockers == ()
         return resolved.targets[0]
 

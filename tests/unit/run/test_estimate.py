@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from quantkit.calibrate.statistics import Need, nbytes
-from quantkit.recipe.plan import resolve
+from quantkit.recipe.plan import Described, resolve
 from quantkit.recipe.shorthand import parse_targets
 from quantkit.recipe.spec import Device, Recipe
 from quantkit.run.budget import waves
@@ -29,7 +29,7 @@ def test_rows_run_once_through_a_block_when_memory_suffices(
     """Whatever a target wants to know of its sites, all of them fit into one wave."""
     model = model_of("llama")
     recipe = Recipe("x", parse_targets(target), device=Device(max_memory="20GiB"))
-    resolved = resolve(recipe, model.graph, model.checkpoint.dtype, "0")
+    resolved = resolve(recipe, model.graph, Described.of(model.checkpoint), "0")
     found = estimate(recipe, resolved, model.checkpoint, model.graph, {})
     needs = resolved.targets[0].needs | Need.SQUARES
     for block in model.graph.blocks:
@@ -43,7 +43,7 @@ def test_statistics_get_what_is_left_of_a_small_budget(model_of: Callable[..., A
     targets = parse_targets("gptq:w4g32")
     wide = Recipe("x", targets, device=Device(max_memory="20GiB"))
     tight = Recipe("x", targets, device=Device(max_memory="1MiB"))
-    resolved = resolve(wide, model.graph, model.checkpoint.dtype, "0")
+    resolved = resolve(wide, model.graph, Described.of(model.checkpoint), "0")
     most, least = (estimate(r, resolved, model.checkpoint, model.graph, {}) for r in (wide, tight))
     assert least.statistics < most.statistics
     assert least.memory < most.memory

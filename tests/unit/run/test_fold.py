@@ -14,7 +14,7 @@ from quantkit.calibrate.record import Recorder, Wanted
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.model.graph import Block, Part, Rows, Site, Vector, Weight
 from quantkit.model.runtime import LoadedBlock
-from quantkit.recipe.plan import TargetPlan, resolve
+from quantkit.recipe.plan import Described, TargetPlan, resolve
 from quantkit.recipe.shorthand import parse_targets
 from quantkit.recipe.spec import Recipe
 from quantkit.run.fold import Proof, _divided, fold_site
@@ -257,7 +257,7 @@ def rescaled(model: Any, block: Block, target: TargetPlan) -> Rescaled:
 
 def scaled_target(model: Any, text: str = "gptq:w4g32", reach: float = 1.0) -> TargetPlan:
     """Every weight in the scheme of `text`, whether or not the format can hold it in this model."""
-    resolved = resolve(Recipe("x", parse_targets(text)), model.graph, model.checkpoint.dtype, "0")
+    resolved = resolve(Recipe("x", parse_targets(text)), model.graph, Described.of(model.checkpoint), "0")
     target = resolved.targets[0]
     schemes = {weight.key: target.default for weight in model.graph.weights()}
     return replace(target, schemes=schemes, transforms=(Scaling(reach),))

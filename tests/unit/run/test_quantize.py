@@ -18,7 +18,7 @@ from quantkit.recipe.plan import TargetPlan
 from quantkit.recipe.spec import Target
 from quantkit.run.quantize import Made, Rescaled, quantize_site, relative_error
 from quantkit.schemes import Scheme, parse_scheme
-from quantkit.tensors import Affine, Codebook, Float, dequantize
+from quantkit.tensors import Affine, Codebook, Float, dequantize, rows
 from tests.quantized import activations, random_affine, random_quantized, same, statistics_of
 
 Q, K = Weight("b.0.q.weight", (8, 32), "q"), Weight("b.0.k.weight", (4, 32), "k")
