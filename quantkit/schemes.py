@@ -274,7 +274,7 @@ def parse_scheme(text: str) -> Scheme:
     found = _PRESET.fullmatch(name)
     mixed = found is not None and "_mixed" in found[0]
     if found is None or ((found["static"] or mixed) and not found["a8"]):
-        close = difflib.get_close_matches(text.lower(), COMMON, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(text.lower(), (*COMMON, *GGML), n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(
             f"unknown scheme {text!r}{hint}",

@@ -19,7 +19,7 @@ from quantkit.errors import GateError
 
 _EXAMPLES = (
     "quantkit convert Qwen/Qwen3-0.6B --to gptq:w4g128 -o out/",
-    "quantkit convert ./my-model --to gptq:w4g128 --to compressed_tensors:w8 --calib calib.txt",
+    "quantkit convert ./my-model --to gguf:q4_k_m,q6_k --to gptq:w4g128 --calib calib.txt",
     "quantkit convert -r recipe.yaml --only gptq-w4g128",
     "quantkit convert demo",
 )
@@ -35,8 +35,8 @@ _EXAMPLES = (
 def command(**flags: Any) -> int:
     """Quantize a model to targets, check and measure the results.
 
-    SOURCE is a Hub id, a folder, or demo for the embedded model. A run that was stopped continues
-    when the same command is given again.
+    SOURCE is a Hub id, a folder, a GGUF file, or demo for the embedded model. A run that was stopped
+    continues when the same command is given again.
     """
     output = Output.from_flags(flags)
     recipe = build_recipe(flags)

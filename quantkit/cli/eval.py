@@ -43,7 +43,7 @@ _DEVICE, _DTYPE = (flag.option() for flag in FLAGS if flag.path in ("device.map"
 def command(paths: tuple[str, ...], **flags: Any) -> None:
     """Measure perplexity of saved models, and KL from a baseline.
 
-    PATH is a folder quantized by any tool or not, a Hub id, or demo for the embedded model. What engines
+    PATH is a folder quantized by any tool or not, a GGUF file, a Hub id, or demo. What engines
     round while such a file runs, inputs or a cache, is rounded here too.
     """
     output = Output.from_flags(flags)

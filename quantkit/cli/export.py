@@ -25,7 +25,7 @@ _EXAMPLES = (
     "--to",
     required=True,
     metavar="TARGET",
-    help="awq, compressed_tensors or gptq, with a scheme or without, or gguf:q4_0, gguf:q4_1, gguf:q8_0",
+    help="awq, compressed_tensors or gptq, with a scheme or without, or gguf:q4_0 and the like",
 )
 @option(
     "Common",

@@ -180,9 +180,12 @@ def _overrides(flags: Mapping[str, Any], path: Path | None) -> list[Override]:
     for known in FLAGS:
         if flags[known.parameter] is not None:
             found.append(flag(known.path, flags[known.parameter], known.names[-1]))
+    if flags["imatrix"] is not None:
+        found += [flag(f"calibration.{name}", None, "--imatrix") for name in ("set", "file")]
     if flags["calib"] is not None:
         key, other = ("file", "set") if is_file(flags["calib"]) else ("set", "file")
-        found.append(flag(f"calibration.{other}", None, "--calib"))
+        for name in (other, "imatrix"):
+            found.append(flag(f"calibration.{name}", None, "--calib"))
         found.append(flag(f"calibration.{key}", flags["calib"], "--calib"))
     if flags["rule"]:
         found.append(flag("rules", [_rule(text) for text in flags["rule"]], "--rule", prepend=True))

@@ -100,6 +100,8 @@ class SignRound:
         return self.start.regroups_columns
 
     def accepts(self, scheme: Scheme) -> str | None:
+        if scheme.ggml:
+            return f"scales of {scheme.numbers} are quantized themselves, and cannot be learned yet; use gptq"
         if scheme.numbers == "fp8":
             return "floats of 8 bits leave nothing to learn; use gptq or rtn"
         if scheme.activations is not None:

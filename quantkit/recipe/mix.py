@@ -54,8 +54,12 @@ def assign(
             continue
         if found is not None and found.scheme is None:
             kept.add(tensor.name)
-        elif found is not None and found.scheme is not None:
+        elif found is not None and found.scheme is not None and found.scheme.numbers in TYPES:
             fixed[tensor.name] = found.scheme.numbers
+        elif found is not None and found.scheme is not None:
+            problems.append(
+                f"`{tensor.name}` cannot be {found.scheme.name}: gguf stores ggml's types, as q4_k and q6_k"
+            )
     heads, kv_heads = model.heads
     facts = gguf_mix.Facts(model.architecture, model.blocks, heads, kv_heads, model.experts)
     items = [gguf_mix.Item(p.name, p.shape) for p in placed]
@@ -119,6 +123,9 @@ class _Ruled:
         return None
 
 
-def names(model: Model, graph: ModelGraph, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What rules may call the matrices of a file, beside the names that the source has for them."""
-    return [p.name.removesuffix(".weight") for p in model.placements(graph, shapes) if p.matrix]
+def names(
+    model: Model, graph: ModelGraph, shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, int | None]]:
+    """(what rules may call a matrix of a file, beside the name that the source has for it, its block)."""
+    found = (p.name.removesuffix(".weight") for p in model.placements(graph, shapes) if p.matrix)
+    return [(name, int(name.split(".")[1]) if name.startswith("blk.") else None) for name in found]

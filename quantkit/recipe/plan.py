@@ -282,13 +282,14 @@ def _all_rules(recipe: Recipe) -> list[Rule]:
     return [*recipe.rules, *(rule for target in recipe.targets for rule in target.rules)]
 
 
-def _unmatched(rule: Rule, graph: ModelGraph, others: Sequence[str]) -> str:
+def _unmatched(rule: Rule, graph: ModelGraph, others: Sequence[tuple[str, int | None]]) -> str:
     """A rule that matches nothing is a mistake of spelling, said with close names; else empty. `others` are
     names that the matrices have in the files of a target."""
     blocks = len(graph.blocks)
-    modules = [*(w.module for w in graph.outer), *others]
-    if any(rule.matches(module, None, blocks) for module in modules):
+    outer = [*((w.module, None) for w in graph.outer), *others]
+    if any(rule.matches(module, block, blocks) for module, block in outer):
         return ""
+    modules = [module for module, _ in outer]
     for block in graph.blocks:
         for weight in block.weights():
             if rule.matches(weight.module, block.index, blocks):
@@ -306,8 +307,8 @@ def _shortened(problems: list[str]) -> tuple[str, ...]:
     return (*problems[:3], f"{len(problems) - 3:,} more weights likewise")
 
 
-def _file_names(recipe: Recipe, graph: ModelGraph, source: Described) -> list[str]:
-    """What rules may call matrices beside the source's names."""
+def _file_names(recipe: Recipe, graph: ModelGraph, source: Described) -> list[tuple[str, int | None]]:
+    """What rules may call matrices beside the source's names, and the block of each."""
     if not any(registry.load("formats", t.format).FORMAT.container == "gguf" for t in recipe.targets):
         return []
     try:

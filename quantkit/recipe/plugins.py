@@ -8,6 +8,7 @@ from typing import Any
 
 from quantkit import registry
 from quantkit.errors import RecipeError
+from quantkit.gguf.mixes import MIXES
 from quantkit.recipe.check import fault, hints, refuse, suggest
 from quantkit.schemes import Scheme, parse_scheme
 
@@ -96,7 +97,9 @@ def format_info(text: str) -> FormatInfo:
 
 
 def _scheme_hint(text: str) -> str:
-    """A word for who wrote a scheme without its format, else empty."""
+    """A word for who wrote a scheme or a preset without its format, else empty."""
+    if text in MIXES:
+        return f"; {text!r} is a preset of gguf, write gguf:{text}"
     try:
         return f"; {parse_scheme(text).name!r} is a scheme, write FORMAT:{text}"
     except RecipeError:
@@ -140,9 +143,15 @@ def make_params(kind: registry.Kind, name: str, given: Mapping[str, Any]) -> Any
 
 
 def mix_options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of the rules that a preset stands for; RecipeError where there are none."""
+    """The options of the rules that a preset stands for which are not the usual ones; RecipeError where there
+    are none."""
     if scheme.mix:
-        return params_dict(make_params("allocate", MIXER, given))
+        known = params_type("allocate", MIXER)
+        unknown = [f"gguf presets have no option {key!r}{suggest(key, hints(known))}" for key in given
+                   if key not in hints(known)]  # fmt: skip
+        refuse(unknown)
+        made = make_params("allocate", MIXER, given)
+        return {key: value for key, value in params_dict(made).items() if value != getattr(known(), key)}
     if given:
         raise RecipeError(f"{', '.join(given)} belong to presets of gguf, and {scheme.name!r} is none")
     return {}

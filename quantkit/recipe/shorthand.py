@@ -82,7 +82,8 @@ def _options(
     rescaling: dict[str, object] = {}
     for key, text in given.items():
         if key not in of_method and key not in of_transform:
-            close = suggest(key, (*of_method, *of_transform, *_OWN, "transforms"))
+            mixing = hints(plugins.params_type("allocate", plugins.MIXER))
+            close = suggest(key, (*of_method, *of_transform, *_OWN, "transforms", *mixing))
             owners = repr(method) if transform is None else f"neither {method!r} nor {transform!r}"
             raise RecipeError(f"{owners} has {'no' if transform is None else 'a'} parameter {key!r}{close}")
         if key in of_method and key in of_transform:

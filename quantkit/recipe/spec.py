@@ -46,17 +46,17 @@ class Output:
     on_exists: Annotated[
         Literal["fail", "resume", "replace"], "what to do when the folder holds an earlier run"
     ] = "resume"
-    shard_size: Annotated[str, "largest weight file, as 5GB"] = "5GB"
+    shard_size: Annotated[str | None, "largest weight file, as 5GB; null: 5GB, of gguf 50GB"] = None
 
     def __post_init__(self) -> None:
         check_types(self)
         problems = [] if self.dir else ["dir: is empty"]
         refuse(problems + complaint("shard_size", parse_size, self.shard_size))
 
-    @property
-    def shard_bytes(self) -> int:
-        """`shard_size` in bytes."""
-        return parse_size(self.shard_size)
+    def shard_bytes(self, container: str) -> int:
+        """`shard_size` in bytes. Not every engine reads GGUF files that are split, so they are only where the
+        Hub asks for it."""
+        return parse_size(self.shard_size or ("50GB" if container == "gguf" else "5GB"))
 
 
 @dataclass(frozen=True, slots=True)

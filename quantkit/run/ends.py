@@ -99,8 +99,13 @@ class Ends:
         if weight is None or scheme is None:
             raise ValueError("there is nothing to round")
         matrix = self._runtime.read(weight)
+        quantizer = target.quantizer
         with naming([weight]):
-            rounded = on_device(rounding.nearest(matrix, scheme, None), torch.device("cpu"))
+            if quantizer.needs is Need.NOTHING:
+                found = quantizer.quantize(matrix, quantizer.prepare(None, scheme), scheme).weight
+            else:
+                found = rounding.nearest(matrix, scheme, None)
+            rounded = on_device(found, torch.device("cpu"))
         error, metric = relative_error(matrix, rounded, None)
         metrics = TensorMetrics(weight.key, scheme.name, 0, error, metric, None)
         return Made(QuantizedLinear(weight.key, rounded), metrics)

@@ -70,7 +70,7 @@ class PackedFolder:
     @property
     def shards(self) -> ShardPlan:
         specs = [spec for entry in entries(self, self.view, self.graph) for spec in entry.specs]
-        return plan_shards(specs, Output().shard_bytes)
+        return plan_shards(specs, Output().shard_bytes(self.format.container))
 
     @property
     def size_bytes(self) -> int:

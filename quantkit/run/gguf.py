@@ -29,12 +29,12 @@ from quantkit.run.quantized import QuantizedCheckpoint
 from quantkit.run.regrid import regrid
 from quantkit.run.results import BlockResult, Results
 from quantkit.run.survey import ROUND, refuse
-from quantkit.schemes import Scheme
-from quantkit.tensors import Affine, Codebook, QuantizedLinear
+from quantkit.schemes import Scheme, parse_scheme
+from quantkit.tensors import Affine, QuantizedLinear
 
 _SCALES = "float16"
 # types whose codes are those of plain grids
-_PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
+_PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +139,8 @@ def block_type(text: str) -> BlockType:
     return TYPES[text.lower()]
 
 
-def on_blocks(linear: QuantizedLinear, kind: BlockType) -> Affine | Codebook:
+def on_blocks(linear: QuantizedLinear, kind: BlockType) -> Affine:
     """`linear` on the grid of `kind`, equal in every value; UnsupportedError when that cannot be."""
-    if kind.name == "mxfp4":
-        if isinstance(linear.weight, Codebook) and linear.weight.group == (1, kind.elements):
-            return linear.weight
-        raise UnsupportedError(f"`{linear.name}` is not in groups of 32 e2m1 floats")
     scheme = Scheme(kind.bits, 32, sym=not kind.minimum, scale_dtype=_SCALES)
     q = regrid(linear, scheme).weight
     if not isinstance(q, Affine) or not isinstance(q.scale, Tensor):
@@ -179,13 +175,12 @@ class Moved:
         wide = TYPES["q8_0"]
         wider = problems and all(_obstacle(source, name, wide) is None for name in problems)
         refuse(list(problems.values()), "gguf:q8_0 holds them, in 8.5 bits per weight" if wider else ROUND)
-        scheme = Scheme(*_fixed(kind), numbers=kind.name)  # type: ignore[arg-type]
+        scheme = parse_scheme(kind.name)
 
         def scheme_of(weight: Weight) -> Scheme | None:
             return scheme if weight.key in source.parts else None
 
-        mix = MIXES["mxfp4_moe" if kind.name == "mxfp4" else kind.name]
-        file = _planned(view, graph, scheme_of, mix, Title(title), Output().shard_bytes)
+        file = _planned(view, graph, scheme_of, MIXES[kind.name], Title(title), Output().shard_bytes("gguf"))
         return cls(source, view, kind, file)
 
     @property
@@ -234,10 +229,6 @@ class Moved:
             return data if rows is None else data[rows.argsort()]
 
         return value
-
-
-def _fixed(kind: BlockType) -> tuple[int, int]:
-    return kind.bits, kind.elements
 
 
 def _obstacle(source: QuantizedCheckpoint, name: str, kind: BlockType) -> str | None:

@@ -109,8 +109,10 @@ class Inspection:
         else:
             notes = [f"made by quantkit {m['quantkit']}"]
         notes.append(f"quantized from {m['source']['id']} with {', '.join(_means(m))}")
-        if m.get("calibration"):
-            c = m["calibration"]
+        c = m.get("calibration") or {}
+        if "imatrix" in c:
+            notes.append(f"importance of inputs from {c['imatrix']} ({', '.join(c['datasets'])})")
+        elif c:
             names = ", ".join(share["name"] for share in c["sources"])
             notes.append(f"calibrated on {c['rows']:,} × {c['length']:,} tokens of {names}")
         for q in m.get("quality", ()):

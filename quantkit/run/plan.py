@@ -235,7 +235,7 @@ def _files(
     found: dict[str, ShardPlan | GgufFile] = {}
     problems: list[str] = []
     for target in () if resolved.blockers else resolved.targets:
-        limit = recipe.output.shard_bytes
+        limit = recipe.output.shard_bytes(target.format.container)
         if target.format.container == "gguf":
             try:
                 found[target.name] = plan_target(

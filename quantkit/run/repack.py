@@ -104,7 +104,7 @@ def repack(
     on_exists: str = "resume",
     progress: Progress = SILENT,
 ) -> Repacked:
-    """Store the quantized checkpoint `source` as `to`: ``FORMAT[:SCHEME]`` or ``gguf:q4_0|q4_1|q8_0``.
+    """Store the quantized checkpoint `source` as `to`: ``FORMAT[:SCHEME]`` or ``gguf:q4_0`` and the like.
 
     Without `output` the result lies beside the source. UsageError when the source is not quantized,
     UnsupportedError with the reasons when a value would change, VerifyError when one did.
@@ -150,7 +150,7 @@ def _plan(
     try:
         info = format_info(wanted)
     except RecipeError as error:
-        raise RecipeError(error.message, remedy=f"{error.remedy}, {GGUF}") from None
+        raise RecipeError(error.message, remedy=error.remedy) from None
     schemes = schemes_for(source, found, info.name, view.dtype, info.parse(preset) if preset else None)
     method, act_order = str(known.get("method", "unknown")), any(f.column_groups for f in found)
     return PackedFolder.plan(info.name, source, view, graph, schemes, method=method, act_order=act_order)

@@ -92,6 +92,8 @@ class Awq:
             return "AWQ makes columns of weights larger whatever rounded inputs lose by it; use smoothquant"
         if scheme.axis == 0:
             return "groups along the outputs follow any rescaling of the inputs and gain nothing"
+        if scheme.ggml:
+            return f"scales of {scheme.numbers} are quantized themselves, factors cannot be folded into rows"
         if scheme.numbers == "fp8":
             return "8-bit floats round each weight by its own size, whatever its column is multiplied by"
         if scheme.per_tensor:

@@ -74,7 +74,8 @@ def _numbers(tokenizer: Any) -> dict[str, int]:
     for theirs, ours in _NAMED:
         number = getattr(tokenizer, f"{theirs}_token_id", None)  # a foreign class: most have not all
         if number is None:
-            number = known.get(str(given.get(f"{theirs}_token")))
+            text = given.get(f"{theirs}_token")
+            number = None if text is None else known.get(str(text))
         if number is not None:
             found[ours] = number
     for name, texts in (("eot", _TURN), ("eom", _MESSAGE)):

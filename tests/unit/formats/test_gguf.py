@@ -33,7 +33,7 @@ def test_presets_are_rules_and_schemes_are_types() -> None:
     # a preset and the type of most of its weights may share a name, and are told apart
     assert parse("Q6_K").mix == "q6_k" and parse_scheme("q6_k").mix == ""
     assert parse("q4-k") == parse("q4_k_m")
-    with pytest.raises(RecipeError, match="did you mean 'q4_k_m'"):
+    with pytest.raises(RecipeError, match="did you mean 'q4_k_s'"):
         parse("q4_k_n")
 
 

@@ -47,7 +47,7 @@ eval:
   gates: {ppl_ratio_max: 1.03, top1_agreement_min: 1}
 """
     recipe = parse_recipe(text)
-    assert recipe.output.shard_bytes == 2 * 2**30
+    assert recipe.output.shard_bytes("gguf") == 2 * 2**30
     assert recipe.calibration == Calibration(
         file="c.txt", rows=8, length=64, seed=None, template="chat", max_chars=1000
     )
@@ -108,7 +108,7 @@ targets:
         ("eval: {perplexity: {data: a}}", "3:20 eval.perplexity: must be a list, not a mapping"),
         ("eval: {perplexity: [{chunks: 1}]}", "3:21 eval.perplexity[0]: needs exactly one of"),
         ("eval: {gates: {kl_mean_max: .inf}}", "3:29 eval.gates.kl_mean_max: YAML reads .inf as inf"),
-        ("output: {shard_size: 5}", "3:22 output.shard_size: must be text, not 5; quote it"),
+        ("output: {shard_size: 5}", "3:22 output.shard_size: must be text or null, not 5; quote it"),
         ("output: {shard_size: 5XB}", "3:22 output.shard_size: '5XB' is not a size"),
         ("output: {dir: !!python/name:os.system x}", "3:15 output.dir: the YAML tag"),
         ("output: {dir: !mine x}", "3:15 output.dir: the YAML tag !mine has no meaning"),

@@ -60,7 +60,7 @@ def test_sizes_for_people(size: int, text: str) -> None:
 
 def test_defaults_are_those_documented() -> None:
     recipe = Recipe("org/model", (Target("gptq"),))
-    assert (recipe.output.dir, recipe.output.on_exists, recipe.output.shard_bytes) == (
+    assert (recipe.output.dir, recipe.output.on_exists, recipe.output.shard_bytes("safetensors")) == (
         "out",
         "resume",
         5 * 10**9,
