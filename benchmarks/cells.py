@@ -12,6 +12,7 @@ TOOLS = {
     "autoround": "auto-round",
     "llm_compressor": "llm-compressor",
     "gptqmodel": "gptqmodel",
+    "llamacpp": "llama.cpp",
 }
 RATIOS = {
     "process_cpu": "CPU",

@@ -1,6 +1,7 @@
 """What several targets cost in one sweep, beside each alone.
 
-    python -m benchmarks.shared_pass [--rows shared_pass shared_pass_calibrated] [--repeat 3] [--source demo]
+    python -m benchmarks.shared_pass [--rows shared_pass shared_pass_calibrated shared_pass_gguf]
+        [--repeat 3] [--source demo]
 
 Times whole conversions, one after the other in one process after a warm-up, and reports the ratio of
 the joint run to the slowest alone, round by round; files are compared byte for byte. Each row has a results
@@ -20,6 +21,7 @@ from typing import Any
 import quantkit
 from benchmarks.record import save
 
+_TEN = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "q8_0")
 # results file → (targets of one run, largest ratio that will do)
 ROWS: dict[str, tuple[tuple[str, ...], float | None]] = {
     "shared_pass": (("gptq:w4g128", "gptq:w4g128@method=rtn"), None),
@@ -27,6 +29,7 @@ ROWS: dict[str, tuple[tuple[str, ...], float | None]] = {
         ("gptq:w4g128", "awq:w4g128_asym@transforms=awq", "compressed_tensors:w4g128"),
         1.3,
     ),
+    "shared_pass_gguf": (tuple(f"gguf:{preset}" for preset in _TEN), 3.0),
 }
 
 
@@ -49,7 +52,7 @@ def timed(source: str, out: Path, *targets: str) -> float:
 
 
 def weights(out: Path) -> dict[str, str]:
-    found = sorted(out.glob("*/*.safetensors"))
+    found = sorted(p for kind in ("safetensors", "gguf") for p in out.glob(f"*/*.{kind}"))
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.calibrated_tables import ablation, calibrated, time_split
 from benchmarks.cells import TOOLS, cost, cost_rows, goals_met, not_measured, peers_of, ratio_rows, threads_of
+from benchmarks.gguf_tables import gguf_quality, gguf_speed
 from benchmarks.record import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "results.md"
@@ -141,9 +142,12 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ablation": ablation,
     "time_split": time_split,
     "data_free": data_free,
+    "gguf_quality": gguf_quality,
+    "gguf_speed": gguf_speed,
     "memory": memory,
     "shared_pass": shared_pass,
     "shared_pass_calibrated": shared_pass_calibrated,
+    "shared_pass_gguf": shared_pass_calibrated,
     "startup": startup,
 }
 

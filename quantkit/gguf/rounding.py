@@ -36,6 +36,8 @@ def convention(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
         return _float(weight, scheme)
     if scheme.numbers in REFERENCES:
         return reference(scheme.numbers, weight)
+    if scheme.numbers == "mxfp4":
+        return plain_nearest(weight, scheme, "absmax")
     return nearest(weight, scheme, None)
 
 

@@ -104,7 +104,7 @@ class Plan:
             "quantized_parameters": quantized_parameters(target),
             "needs_calibration": target.calibrated,
             "engines": list(loads),
-            "notes": list(notes),
+            "notes": [*target.notes, *notes],
         }
 
     def table(self) -> Table:

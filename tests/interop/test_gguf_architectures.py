@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+import quantkit
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.gguf.architectures import Model, Placed
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph, Weight
+from tests.e2e.test_export import BYTE_VOCABULARY, write_byte_tokenizer
 from tests.interop import llama
 
 gguf = pytest.importorskip("gguf")
@@ -247,3 +249,20 @@ def test_language_part_of_a_model_that_sees(tmp_path: Path) -> None:
     sizes = {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
     config = {"text_config": text, "vision_config": {**vision, **sizes}, "mm_tokens_per_image": 4}
     assert farthest(tmp_path, save_random("gemma3", config, tmp_path)) < tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_converted(name: str, tmp_path: Path) -> None:
+    """The whole way, as a user goes it: a folder in, a file out, tokenizer included."""
+    kind, config, tolerance = CASES[name]
+    reference = save_random(kind, {**config, "vocab_size": BYTE_VOCABULARY}, tmp_path / "source")
+    write_byte_tokenizer(tmp_path / "source")
+    targets = quantkit.parse_targets("gguf:f32")
+    silent = quantkit.Eval(enabled=False)
+    output = quantkit.Output(dir=str(tmp_path / "out"))
+    quantkit.convert(quantkit.Recipe(str(tmp_path / "source"), targets, output=output, eval=silent))
+    (file,) = (tmp_path / "out" / "gguf-f32").glob("*.gguf")
+    ids = list(range(3, 3 + LENGTH))
+    with torch.no_grad():
+        wanted = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert float((llama.logits(file, ids).log_softmax(-1) - wanted).abs().max()) < tolerance
