@@ -20,6 +20,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.gguf.architectures import Model, Placed
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph, Weight
+from quantkit.run.gguf_source import open_gguf
 from tests.e2e.test_export import BYTE_VOCABULARY, write_byte_tokenizer
 from tests.interop import llama
 
@@ -266,3 +267,46 @@ def test_converted(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
     assert float((llama.logits(file, ids).log_softmax(-1) - wanted).abs().max()) < tolerance
+
+
+# 256 channels, so that super-blocks fit
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256},
+    "phi3": {"hidden_size": 256, "intermediate_size": 512},
+    "gemma2": {"hidden_size": 256, "intermediate_size": 512},
+    "falcon, groups": {"hidden_size": 256},
+    "gpt2": {"n_embd": 256},
+}
+# llama.cpp rounds what enters a matrix of k-quants to 8 bits, which moves log-probabilities by a tenth to a sixth
+# of what rounding the weights to 4 does; a row in the wrong place would move them by more than all of it
+ROUNDED = 0.25
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_quantized(name: str, tmp_path: Path) -> None:
+    """Error feedback on matrices that are permuted, regrouped, stacked or transposed on their way: llama.cpp
+    computes what Transformers computes with the weights that we read back."""
+    kind, config, _ = CASES[name]
+    source = save_random(kind, {**config, **WIDE[name], "vocab_size": BYTE_VOCABULARY}, tmp_path / "source")
+    write_byte_tokenizer(tmp_path / "source")
+    recipe = quantkit.Recipe(
+        str(tmp_path / "source"),
+        quantkit.parse_targets("gguf:q4_k_m"),
+        output=quantkit.Output(dir=str(tmp_path / "out")),
+        calibration=quantkit.Calibration(set="embedded", rows=8, length=64),
+        eval=quantkit.Eval(enabled=False),
+    )
+    quantkit.convert(recipe)
+    (file,) = (tmp_path / "out" / "gguf-q4_k_m").glob("*.gguf")
+    read = open_gguf(file)
+    (tmp_path / "read").mkdir()
+    tensors = {n: read.read(n).to(torch.float32).contiguous() for n in read.tensors}
+    save_file(tensors, tmp_path / "read" / "model.safetensors", {"format": "pt"})
+    source.config.save_pretrained(tmp_path / "read")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "read", dtype=torch.float32)
+    ids = torch.randint(3, 259, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        wanted = [m(torch.tensor([ids])).logits[0].log_softmax(-1) for m in (ours, source)]
+    found = llama.logits(file, ids).log_softmax(-1)
+    apart, moved = (float((found - other).abs().mean()) for other in wanted)
+    assert apart < ROUNDED * moved
