@@ -277,8 +277,8 @@ WIDE: dict[str, dict[str, Any]] = {
     "falcon, groups": {"hidden_size": 256},
     "gpt2": {"n_embd": 256},
 }
-# llama.cpp rounds what enters a matrix of k-quants to 8 bits, which moves log-probabilities by a tenth to a sixth
-# of what rounding the weights to 4 does; a row in the wrong place would move them by more than all of it
+# llama.cpp rounds what enters a matrix of k-quants to 8 bits, which moves log-probabilities by a tenth to a
+# sixth of what rounding the weights to 4 does; a row in the wrong place would move them by more than that
 ROUNDED = 0.25
 
 

@@ -19,6 +19,8 @@ COLUMNS = 256
 # weights over which the parity types count signs
 PARITY = 8
 SHIFT = 0.25
+# of d, in f16
+LARGEST = 65504.0
 
 Signs = Literal["parity", "free", "none"]
 
@@ -61,6 +63,20 @@ class LatticeKind:
     def unit(self) -> int:
         """Weights that must be rounded together: those of a code, or those whose signs are counted."""
         return PARITY if self.signs == "parity" else self.length
+
+    @property
+    def shares_shift(self) -> bool:
+        """Whether several codes have one shift, so that it cannot be chosen with each."""
+        return self.run is not None and self.run > self.length
+
+    @property
+    def stretch(self) -> float:
+        """What a searched d is multiplied by where errors are fed back.
+
+        Weights shrink with d of least squares, and what is fed back grows: 4 to 6 % less loss of feedback for
+        codes of 8 weights, nothing for those of 4.
+        """
+        return 1.03 if self.length == 8 else 1.0
 
     @property
     def neighbours(self) -> int:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics.lattices.codebook import Candidates, Codebook, argmin, codebook
-from quantkit.numerics.lattices.kinds import PARITY, SHIFT, LatticeKind
+from quantkit.numerics.lattices.kinds import LARGEST, PARITY, SHIFT, LatticeKind
 
 # first guesses of a step: the largest magnitude of a sub-block falls on so much of the largest level
 _GUESSES = (0.6, 0.75, 0.9, 1.1, 1.3, 1.6, 1.9, 2.3)
 # steps tried around the first guess, and d around that which just reaches the largest step
 _AROUND = (1.0, 0.8, 0.9, 1.1, 1.22)
 _STARTS = (1.0, 0.85, 0.92, 1.08, 1.17, 1.27)
-_LARGEST = 65504.0
 # super-blocks solved at once: temporaries of some 16 KiB each; fewer, and calls cost more than what they do
 ROWS = {"cpu": 512, "cuda": 1 << 14}
 
@@ -219,4 +218,4 @@ def _refitted(aimed: Target, near: Candidates, scales: Scales, gamma: float = 1.
 
 
 def _rounded(d: Tensor) -> Tensor:
-    return d.clamp(max=_LARGEST).to(torch.float16)
+    return d.clamp(max=LARGEST).to(torch.float16)

@@ -5,15 +5,15 @@ Shape suffixes: n rows, i inputs, c codes along a row, b super-blocks, s sub-blo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quantkit.numerics.lattices.codebook import Codebook
-from quantkit.numerics.lattices.kinds import COLUMNS, LatticeKind
+from quantkit.numerics.lattices.kinds import COLUMNS, LARGEST, LatticeKind
 from quantkit.numerics.lattices.parts import Parts, assemble, runs_of, signs_of
-from quantkit.numerics.lattices.units import Chosen, choose
+from quantkit.numerics.lattices.units import Chosen
 from quantkit.tensors import Lattice
 
 
@@ -31,6 +31,39 @@ class Places:
     def subs(self, block: int) -> Tensor:
         """(256,) its sub-block."""
         return self.local(block) // self.kind.group
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What the points of a super-block of each row have in common: d (n,) f16, sub_sn fp32, and shift_cn of
+    each code in processing order, or None where they have no shift or each its own."""
+
+    d: Tensor
+    sub_sn: Tensor
+    shift_cn: Tensor | None
+
+    def steps(self) -> Tensor:
+        """(s, n) d·(sub + ½)."""
+        return self.d.float() * (self.sub_sn + 0.5)
+
+    @staticmethod
+    def beside(all_of: Sequence[Factors]) -> Factors:
+        """As many times more rows."""
+        shifts = [each.shift_cn for each in all_of if each.shift_cn is not None]
+        return Factors(
+            torch.cat([each.d for each in all_of]),
+            torch.cat([each.sub_sn for each in all_of], 1),
+            torch.cat(shifts, 1) if shifts else None,
+        )
+
+    def stretched(self, ratio: float) -> Factors:
+        """With d so many times as large."""
+        return replace(self, d=(self.d.float() * ratio).clamp(max=LARGEST).to(torch.float16))
+
+    def rows(self, chosen: Tensor) -> Factors:
+        """Some rows."""
+        shift = None if self.shift_cn is None else self.shift_cn[:, chosen]
+        return Factors(self.d[chosen], self.sub_sn[:, chosen], shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +93,7 @@ class State:
 
     def steps(self, block: int) -> Tensor:
         """(s, n) d·(sub + ½) of the block-th super-block processed."""
-        return self.d_bn[block].float() * (self.sub_bsn[block] + 0.5)
+        return self.factors(block).steps()
 
     def wide(self, block: int, of_sn: Tensor) -> Tensor:
         """(256, n) in processing order, from a number per sub-block (s, n)."""
@@ -71,32 +104,31 @@ class State:
         own = slice(block * COLUMNS, (block + 1) * COLUMNS)
         return self.wide(block, self.steps(block)) * self.points_in[own]
 
-    def proposed(self, book: Codebook, first: int, aim_un: Tensor, upper: Tensor, step: Tensor) -> Chosen:
-        """The best points found for the unit at column `first`, its target (u, n) and steps (n,) given."""
-        kind = self.places.kind
-        inverse = torch.where(step > 0, 1 / step, 0.0)
-        shared = None
-        if self.shift_cn is not None and kind.run != kind.length:
-            shared = self.shift_cn[first // kind.length]
-        return choose(kind, book, (aim_un * inverse).T.contiguous(), upper, shared)
+    def factors(self, block: int) -> Factors:
+        """Those of the block-th super-block processed."""
+        kind, shift = self.places.kind, None
+        if kind.shares_shift and self.shift_cn is not None:
+            shift = self.shift_cn[block * kind.codes : (block + 1) * kind.codes]
+        return Factors(self.d_bn[block], self.sub_bsn[block], shift)
 
-    def put(self, first: int, chosen: Chosen) -> None:
-        """Keep the points of the unit at column `first`."""
-        kind = self.places.kind
-        self.points_in[first : first + kind.unit] = chosen.value_nu.T
-        at = first // kind.length
-        self.code_cn[at : at + chosen.code.shape[1]] = chosen.code.T
+    def put(self, block: int, at: Tensor, factors: Factors, chosen: Chosen) -> None:
+        """Keep factors of a super-block and points of its columns `at` (u,), whole units."""
+        length = self.places.kind.length
+        column = block * COLUMNS + at
+        code = column[::length] // length
+        self.d_bn[block], self.sub_bsn[block] = factors.d, factors.sub_sn
+        self.points_in[column] = chosen.value_nu.T
+        self.code_cn[code] = chosen.code.T
         if self.shift_cn is not None and chosen.shift is not None:
-            self.shift_cn[at] = chosen.shift[:, 0]
+            self.shift_cn[code] = chosen.shift.T
 
-    def unit(self, first: int) -> Chosen:
-        """The points of the unit at column `first` as they are."""
-        kind = self.places.kind
-        at = first // kind.length
-        value = self.points_in[first : first + kind.unit].T
-        shift = None if self.shift_cn is None else self.shift_cn[at][:, None]
-        code = self.code_cn[at : at + kind.unit // kind.length].T
-        return Chosen(code, value, shift, torch.zeros_like(value[:, 0]))
+    def chosen(self, block: int, at: Tensor) -> Chosen:
+        """The points of columns `at` (u,) as they are."""
+        length = self.places.kind.length
+        column = block * COLUMNS + at
+        code, value = column[::length] // length, self.points_in[column].T
+        shift = None if self.shift_cn is None else self.shift_cn[code].T
+        return Chosen(self.code_cn[code].T, value, shift, torch.zeros_like(value[:, 0]))
 
     def lattice(self, table: Tensor) -> Lattice:
         """What is stored of it, in file order."""

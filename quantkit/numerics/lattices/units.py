@@ -9,7 +9,7 @@ Shape suffixes: n rows, u columns of a unit, l of a code, k candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ _ROWS = {"cpu": 1 << 10, "cuda": 1 << 18}
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """code (n, codes of the unit) int32, value_nu sign·(table + shift), shift (n, 1) or None, loss (n,)."""
+    """code (n, codes) int32, value_nu sign·(table + shift), shift (n, codes) or None, loss (n,)."""
 
     code: Tensor
     value_nu: Tensor
@@ -44,6 +44,35 @@ class Chosen:
             torch.where(better, other.loss, self.loss),
         )
 
+    def rows(self, chosen: Tensor) -> Chosen:
+        """Some rows."""
+        shift = None if self.shift is None else self.shift[chosen]
+        return Chosen(self.code[chosen], self.value_nu[chosen], shift, self.loss[chosen])
+
+    @staticmethod
+    def below(first: Chosen, second: Chosen) -> Chosen:
+        """Rows of both."""
+        shift = None
+        if first.shift is not None and second.shift is not None:
+            shift = torch.cat((first.shift, second.shift))
+        return Chosen(
+            torch.cat((first.code, second.code)),
+            torch.cat((first.value_nu, second.value_nu)),
+            shift,
+            torch.cat((first.loss, second.loss)),
+        )
+
+    @staticmethod
+    def beside(units: Sequence[Chosen]) -> Chosen:
+        """Units of the same rows that were chosen in turn."""
+        shifts = [each.shift for each in units if each.shift is not None]
+        return Chosen(
+            torch.cat([each.code for each in units], 1),
+            torch.cat([each.value_nu for each in units], 1),
+            torch.cat(shifts, 1) if shifts else None,
+            torch.stack([each.loss for each in units]).sum(0),
+        )
+
 
 def choose(kind: LatticeKind, book: Codebook, y_nu: Tensor, upper: Tensor, shift: Tensor | None) -> Chosen:
     """Points near y (n, u) for the metric upper·upperᵀ; `shift` (n,) where it is shared and known."""
@@ -57,7 +86,7 @@ def choose(kind: LatticeKind, book: Codebook, y_nu: Tensor, upper: Tensor, shift
         pieces.append(best)
     shifts = [p.shift for p in pieces if p.shift is not None]
     return Chosen(
-        torch.cat([p.code for p in pieces]),
+        torch.cat([p.code for p in pieces]).int(),
         torch.cat([p.value_nu for p in pieces]),
         torch.cat(shifts) if shifts else None,
         torch.cat([p.loss for p in pieces]),
