@@ -146,17 +146,8 @@ def test_nothing_forbidden(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) == "numerics"], ids=relative)
 def test_numerics_are_pure(path: Path) -> None:
     """numerics/ knows torch, the standard library, and the types it works on; no devices, no seeds."""
-    allowed = {
-        "torch",
-        "quantkit",
-        "__future__",
-        "collections",
-        "dataclasses",
-        "functools",
-        "math",
-        "types",
-        "typing",
-    }
+    standard = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "types"}
+    allowed = {"torch", "quantkit", "typing", *standard}
     for line, module in imports(tree(path)):
         assert module.split(".")[0] in allowed, (
             f"{relative(path)}:{line}: numerics import torch and nothing else"
