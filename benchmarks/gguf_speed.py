@@ -4,7 +4,7 @@
 
 A matrix of Gaussian rows of 4,096 weights and one importance per column become rows of bytes: by
 `ggml_quantize_chunk`, and by `gguf.rounding.nearest` and `gguf.blocks.pack`, in turn, the best of three.
-Both are called once before. Rows `…-convention` are rounded without an importance, where both must give the
+Both are called once before. Rows `…-fast` search with less effort, rows `…-convention` are rounded without an importance, where both must give the
 same bytes. *Error* is Σ importance · (ŵ − w)². On a GPU (`--device cuda`) quantkit's side runs there, from
 weights in its memory to bytes in the machine's, beside llama.cpp on the processor.
 
@@ -45,7 +45,7 @@ from tests.interop.ggml import Ggml
 
 NAME = "gguf_speed"
 WIDTH = 4096
-CONVENTION = "-convention"
+CONVENTION, FAST = "-convention", "-fast"
 # llama.cpp rounds these in one pass, whatever is known of inputs: there is nothing to search
 PLAIN = ("f16", "bf16", "q8_0", "tq1_0", "tq2_0", "mxfp4")
 BY_BYTES = ("q4_0", "q4_1", "q5_0", "q5_1")
@@ -53,7 +53,7 @@ K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 ROWS = (
     *PLAIN,
     *(row for name in BY_BYTES for row in (name, name + CONVENTION)),
-    *K_QUANTS,
+    *(row for name in K_QUANTS for row in (name, name + FAST)),
     *("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
 )
 # smallest throughput beside llama.cpp's that will do
@@ -85,13 +85,17 @@ class Matter:
 
 def own(row: str, matter: Matter) -> Callable[[], Tensor]:
     """Packed bytes by quantkit, to be timed."""
-    name = row.removesuffix(CONVENTION)
+    name, effort = row.removesuffix(CONVENTION).removesuffix(FAST), "fast" if row.endswith(FAST) else "best"
     scheme = parse_scheme(name)
     weight, importance = matter.weight.to(matter.device), matter.importance.to(matter.device)
     known = None if row.endswith(CONVENTION) or name in PLAIN else importance
 
     def run() -> Tensor:
-        q = rounding.convention(weight, scheme) if known is None else rounding.nearest(weight, scheme, known)
+        q = (
+            rounding.convention(weight, scheme)
+            if known is None
+            else rounding.nearest(weight, scheme, known, effort)
+        )
         return pack(q, TYPES[name]).cpu()
 
     return run
@@ -99,7 +103,7 @@ def own(row: str, matter: Matter) -> Callable[[], Tensor]:
 
 def theirs(row: str, matter: Matter) -> Callable[[], Tensor]:
     """The same by llama.cpp, rows split over threads."""
-    ggml, name = Ggml.load(), row.removesuffix(CONVENTION)
+    ggml, name = Ggml.load(), row.removesuffix(CONVENTION).removesuffix(FAST)
     known = None if row.endswith(CONVENTION) or name in PLAIN else matter.importance
     parts = matter.weight.chunk(matter.threads)
 
@@ -122,11 +126,11 @@ def measured(row: str, matter: Matter) -> dict[str, Any]:
             began = time.perf_counter()
             packed[name] = run()
             seconds[name].append(time.perf_counter() - began)
-    kind = row.removesuffix(CONVENTION)
+    kind = row.removesuffix(CONVENTION).removesuffix(FAST)
     found = {name: matter.weight.numel() / min(values) / 1e6 for name, values in seconds.items()}
     errors = {name: weighted_error(kind, data, matter) for name, data in packed.items()}
     ratio = found["own"] / found["theirs"]
-    goal = GPU_GOAL if matter.device.type == "cuda" else K_GOAL if row in K_QUANTS else GOAL
+    goal = GPU_GOAL if matter.device.type == "cuda" else K_GOAL if kind in K_QUANTS else GOAL
     return {
         "row": row,
         "own_mweights_per_s": found["own"],

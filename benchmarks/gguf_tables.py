@@ -53,7 +53,7 @@ def gguf_speed(found: dict[str, Any]) -> list[str]:
         "",
         f"Million weights per second from fp32 rows of 4,096 to packed bytes, {found['weights'] / 1e6:.1f} million "
         f"Gaussian weights and one importance per column, {threads_of(found)} for either side{where}, beside "
-        f"{peers_of(found)}. *Error* is quantkit's weighted error / llama.cpp's. Rows `-convention` know no importance.",
+        f"{peers_of(found)}. *Error* is quantkit's weighted error / llama.cpp's. Rows `-fast` search with `effort: fast`, rows `-convention` know no importance.",
         "",
         *header("row", "quantkit", "llama.cpp", "ratio", "error", "goal"),
     ]

@@ -12,6 +12,7 @@ from quantkit.numerics import lattices
 from quantkit.numerics.nearest import nearest as plain_nearest
 from quantkit.numerics.solve import Seen, Steps
 from quantkit.numerics.superblocks import grids, search, solve
+from quantkit.numerics.superblocks.plans import Effort
 from quantkit.numerics.superblocks.reference import REFERENCES, reference
 from quantkit.schemes import Scheme
 from quantkit.tensors import Float, QuantizedTensor
@@ -41,13 +42,15 @@ def convention(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     return nearest(weight, scheme, None)
 
 
-def nearest(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> QuantizedTensor:
+def nearest(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None, effort: Effort = "best"
+) -> QuantizedTensor:
     """weight (out, in) fp32 on searched scales; importance (in,): mean square of each input, or None."""
     name = scheme.numbers
     if name in _EXACT:
         return convention(weight, scheme)
     if name in grids.SUPERBLOCKS:
-        return search.nearest(name, weight, importance)
+        return search.nearest(name, weight, importance, effort)
     if name in lattices.KINDS:
         return lattices.nearest(lattices.KINDS[name], grid(name).to(weight.device), weight, importance)
     return plain_nearest(weight, scheme, "mse" if importance is None else "weighted", importance)
