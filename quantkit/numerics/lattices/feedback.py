@@ -79,4 +79,4 @@ def searched(book: Codebook, places: Places, block: int, w: Tensor, v: Tensor) -
     first = int(places.order[block * COLUMNS]) // COLUMNS * COLUMNS
     found = search(kind, book.table, in_file.T.contiguous(), v[None, first : first + COLUMNS])
     shift = None if found.shift is None else found.shift.T[local[:: kind.length] // kind.group]
-    return Factors(found.d, found.sub.T.float(), shift).stretched(kind.stretch)
+    return Factors(found.d, found.sub.T.float(), shift)

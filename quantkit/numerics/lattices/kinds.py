@@ -70,15 +70,6 @@ class LatticeKind:
         return self.run is not None and self.run > self.length
 
     @property
-    def stretch(self) -> float:
-        """What a searched d is multiplied by where errors are fed back.
-
-        Weights shrink with d of least squares, and what is fed back grows: 4 to 6 % less loss of feedback for
-        codes of 8 weights, nothing for those of 4.
-        """
-        return 1.03 if self.length == 8 else 1.0
-
-    @property
     def neighbours(self) -> int:
         """Rows of the table compared for a weight vector. Of signs that are counted the search need only find
         scales: their codes are then chosen among all rows."""

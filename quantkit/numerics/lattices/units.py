@@ -150,12 +150,12 @@ def _best(
         least, at = loss.min(1)
         return _taken(candidates, at), _rows(value, at), least
     change = 4 * value * (value * metric.diagonal() - pulled)
-    cheapest, which = change.min(2)
+    cheapest = change.amin(2)
     turn = cheapest < 0 if kind.signs == "free" else ((sign < 0).sum(1) % 2 != parity)[:, None]
     least, at = (loss + torch.where(turn, cheapest, 0.0)).min(1)
     turned = torch.where(_taken(turn.expand_as(loss), at), -1.0, 1.0)
     best = _rows(value, at)
-    element = _taken(which, at)[:, None]
+    element = _rows(change, at).argmin(1, keepdim=True)
     return _taken(candidates, at), best.scatter(1, element, best.gather(1, element) * turned[:, None]), least
 
 
