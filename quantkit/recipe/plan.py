@@ -207,7 +207,7 @@ def _mixed(
         model = Model.of(source.config)
         return mix.assign(default, params, rules, model, graph, source.shapes, bool(needs))
     except UnsupportedError as error:
-        return Assignment({}, (), (error.message,))
+        return Assignment({}, (), (f"{error.message}; {error.remedy}" if error.remedy else error.message,))
 
 
 def _uniform(
@@ -246,7 +246,7 @@ def _target_problems(plan: TargetPlan, graph: ModelGraph) -> list[str]:
         problems.append(
             f"act_order free needs a file that records column groups, which {plan.target.format} cannot"
         )
-    if not used:
+    if not used and plan.schemes:
         problems.append("every weight is kept by a rule: there is nothing to quantize")
     if Need.CROSS in plan.needs and not plan.target.feedback:
         problems.append("corrected targets follow the stream of the quantized model: set feedback to true")
