@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from quantkit.tensors import Float, QuantizedTensor
 # without knowing which inputs matter these are worse than useless, and llama.cpp refuses to make them
 STARVED = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# Least squares shrinks what is rounded coarsely, and a model minds that more than the error: d is made larger
+# where weights are rounded by themselves. Mean KL of whole files of the reference checkpoint: iq2_xs −9 %,
+# iq2_xxs −7 %, iq1_m −14 %; iq3_xxs gains nothing, and feedback needs none of it.
+_STRETCH = {"iq2_xs": 1.06, "iq2_xxs": 1.06, "iq1_m": 1.1}
 # nothing is to be won by a search
 _EXACT = (*_FLOATS, "q8_0", "tq1_0", "tq2_0")
 
@@ -52,7 +57,8 @@ def nearest(
     if name in grids.SUPERBLOCKS:
         return search.nearest(name, weight, importance, effort)
     if name in lattices.KINDS:
-        return lattices.nearest(lattices.KINDS[name], grid(name).to(weight.device), weight, importance)
+        kind = replace(lattices.KINDS[name], gamma=_STRETCH.get(name, 1.0))
+        return lattices.nearest(kind, grid(name).to(weight.device), weight, importance)
     return plain_nearest(weight, scheme, "mse" if importance is None else "weighted", importance)
 
 
