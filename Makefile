@@ -50,7 +50,7 @@ $(INTEROP): pyproject.toml constraints.txt
 	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,compressed-tensors,gptq,awq,bitsandbytes,hqq,gguf]' \
 		'auto-round>=0.16,<0.17'
 	CMAKE_ARGS=-DGGML_NATIVE=OFF CMAKE_BUILD_PARALLEL_LEVEL=2 \
-		$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt 'llama-cpp-python>=0.3.36,<0.4'
+		$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt llama-cpp-python
 	touch $@
 
 clean:
