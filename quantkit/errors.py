@@ -40,6 +40,11 @@ class QuantkitError(Exception):
         """Name of the error class, stable for scripts (``error.kind`` in ``--json`` output)."""
         return type(self).__name__
 
+    @property
+    def in_one_line(self) -> str:
+        """What happened and what to do, for a list of problems."""
+        return self.message if self.remedy is None else f"{self.message}; {self.remedy}"
+
     def __str__(self) -> str:
         return self.message if self.remedy is None else f"{self.message}\n  → {self.remedy}"
 

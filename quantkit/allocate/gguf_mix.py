@@ -245,8 +245,6 @@ _INSTEAD: Mapping[str, str] = MappingProxyType(
         **{"iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
     }
 )
-# Not written without an imatrix.
-_MEASURED = frozenset(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"))
 
 # ------------------------------------------------------------------------------------------------- names
 _OUTPUT, _EMBEDDINGS = "output.weight", ("token_embd.weight", "per_layer_token_embd.weight")
@@ -383,10 +381,3 @@ def typical_bits(mix: Mix) -> float:
     choices = assign(mix, items, Facts("llama", blocks, 32, 8), imatrix=True)
     size = sum(item.shape[0] * TYPES[choices[item.name].type].row_bytes(item.shape[1]) for item in items)
     return 8 * size / sum(item.shape[0] * item.shape[1] for item in items)
-
-
-def refused_without_imatrix(choices: Mapping[str, Choice], mix: Mix) -> list[str]:
-    """Names of tensors whose type llama.cpp does not write without an imatrix."""
-    kinds = _MEASURED | {"q2_k"} if mix.name == "q2_k_s" else _MEASURED
-    ends = (_OUTPUT, *_EMBEDDINGS)
-    return [name for name, choice in choices.items() if choice.type in kinds and name not in ends]

@@ -11,6 +11,14 @@ from torch import Tensor
 from quantkit.calibrate import statistics
 from quantkit.calibrate.statistics import Need, Statistics
 
+# One batch of rows in so many is what decisions are judged on, from the fifth on.
+HELD_OUT = 8
+
+
+def held_out(number: int) -> bool:
+    """Whether decisions are judged on batch `number` of the calibration rows."""
+    return number % HELD_OUT == HELD_OUT // 2
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:

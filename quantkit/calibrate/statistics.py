@@ -126,6 +126,19 @@ class Statistics:
             gram=gram,
         )
 
+    def evened(self, share: float) -> Statistics:
+        """The same with `share` of the mean diagonal added in every direction, as if all had been seen.
+
+        Gram, squares and what is held out of them; everything else is as it is.
+        """
+        gram, squares = self.gram, self.squares
+        if gram is not None:
+            gram = gram + share * gram.diagonal().mean() * torch.eye(gram.shape[0], device=gram.device)
+        if squares is not None:
+            squares = squares + share * squares.mean()
+        held = None if self.held is None else self.held.evened(share)
+        return replace(self, gram=gram, squares=squares, held=held)
+
     def importance(self) -> Tensor:
         """(in,) mean square of each input, the weight of its column in a scale search."""
         squares = self.squares if self.squares is not None else _diagonal(self.gram)

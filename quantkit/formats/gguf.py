@@ -19,6 +19,7 @@ from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
 from quantkit.gguf.blocks import TYPES, pack, type_of, unpack
 from quantkit.gguf.mixes import MIXES, parse_mix
+from quantkit.gguf.rounding import EXACT
 from quantkit.model.graph import Weight
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
@@ -30,7 +31,6 @@ PRESETS = tuple(MIXES)
 
 # of a matrix; in a file it has the name that llama.cpp gives it
 _ROWS = ".rows"
-_EXACT = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 
 
 def parse(text: str) -> Scheme:
@@ -41,7 +41,7 @@ def parse(text: str) -> Scheme:
 
 def default_method(scheme: Scheme) -> str:
     """Types whose rounding leaves nothing to win are rounded as llama.cpp does."""
-    return "rtn" if scheme.numbers in _EXACT else "gptq"
+    return "rtn" if scheme.numbers in EXACT else "gptq"
 
 
 @dataclass(frozen=True, slots=True)

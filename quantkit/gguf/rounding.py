@@ -26,13 +26,13 @@ _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # iq2_xxs −7 %, iq1_m −14 %; iq3_xxs gains nothing, and feedback needs none of it.
 _STRETCH = {"iq2_xs": 1.06, "iq2_xxs": 1.06, "iq1_m": 1.1}
 # nothing is to be won by a search
-_EXACT = (*_FLOATS, "q8_0", "tq1_0", "tq2_0")
+EXACT = (*_FLOATS, "q8_0", "tq1_0", "tq2_0")
 
 
 def solvable(scheme: Scheme) -> bool:
     """Whether codes of this type can be chosen by error feedback."""
     return scheme.numbers in lattices.KINDS or (
-        scheme.numbers in grids.SUPERBLOCKS and scheme.numbers not in _EXACT
+        scheme.numbers in grids.SUPERBLOCKS and scheme.numbers not in EXACT
     )
 
 
@@ -52,7 +52,7 @@ def nearest(
 ) -> QuantizedTensor:
     """weight (out, in) fp32 on searched scales; importance (in,): mean square of each input, or None."""
     name = scheme.numbers
-    if name in _EXACT:
+    if name in EXACT:
         return convention(weight, scheme)
     if name in grids.SUPERBLOCKS:
         return search.nearest(name, weight, importance, effort)

@@ -207,7 +207,7 @@ def _mixed(
         model = Model.of(source.config)
         return mix.assign(default, params, rules, model, graph, source.shapes, bool(needs))
     except UnsupportedError as error:
-        return Assignment({}, (), (f"{error.message}; {error.remedy}" if error.remedy else error.message,))
+        return Assignment({}, (), (error.in_one_line,))
 
 
 def _uniform(

@@ -10,11 +10,10 @@ embedding of q2_k causes falls by 29 %, of q3_k by 37 %; probing through more bl
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from quantkit.calibrate import statistics
+from quantkit.calibrate.record import held_out
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.model.runtime import Runtime
 from quantkit.run.streams import RowSet
@@ -23,7 +22,6 @@ from quantkit.run.streams import RowSet
 _TOKENS_PER_CHANNEL = 16
 # what directions that the first block ignores count for, in mean diagonals: later blocks read them
 _OTHERS = 0.1
-_HELD_OUT = 8
 
 
 def sensitivity(runtime: Runtime, rows: RowSet, needs: Need) -> Statistics:
@@ -40,17 +38,5 @@ def sensitivity(runtime: Runtime, rows: RowSet, needs: Need) -> Statistics:
             size = after.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
             probe = torch.randn(after.shape, generator=generator).to(runtime.device) / size
             (gradient,) = torch.autograd.grad((after.float() * probe).sum(), states)
-        held = row % _HELD_OUT == _HELD_OUT // 2
-        found = statistics.update(found, gradient.detach(), held_out=held)
-    return _with_others(found)
-
-
-def _with_others(found: Statistics) -> Statistics:
-    """The same with a share of the mean diagonal in every direction."""
-    held = None if found.held is None else _with_others(found.held)
-    gram, squares = found.gram, found.squares
-    if gram is not None:
-        gram = gram + _OTHERS * gram.diagonal().mean() * torch.eye(gram.shape[0], device=gram.device)
-    if squares is not None:
-        squares = squares + _OTHERS * squares.mean()
-    return replace(found, gram=gram, squares=squares, held=held)
+        found = statistics.update(found, gradient.detach(), held_out=held_out(row))
+    return found.evened(_OTHERS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate import statistics
+from quantkit.calibrate.record import held_out
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.gguf import rounding
 from quantkit.model.graph import ModelGraph, Site, Weight
@@ -28,8 +29,6 @@ from quantkit.tensors import QuantizedLinear, dequantize
 
 # in place of the number of a block; the head has the number after the last block
 EMBED = -1
-# one micro-batch in so many is held out, from the fifth on, as in the blocks
-HELD_OUT = 8
 
 
 class Ends:
@@ -146,8 +145,7 @@ class Ends:
         """What calibration rows of a stream look like where they enter the head."""
         stats = statistics.zero(width, needs, self._runtime.device)
         for number, (_, states) in enumerate(streams.batches(self._last, stream, rows)):
-            held = number % HELD_OUT == HELD_OUT // 2
-            stats = statistics.update(stats, self._runtime.final(states), held_out=held)
+            stats = statistics.update(stats, self._runtime.final(states), held_out=held_out(number))
         return stats
 
     def has_own_head(self, key: str) -> bool:

@@ -26,8 +26,6 @@ from quantkit.model.graph import ModelGraph, Weight
 from quantkit.run.folded import matrix_of
 from quantkit.schemes import Scheme
 
-_PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-
 
 class Origin(Protocol):
     """Where the values of a file come from."""
@@ -124,7 +122,10 @@ class GgufFile:
             return "f32"
         key = placed.sources[0].key
         own = self.types.get(key)
-        return own if own is not None else _PLAIN[self.view.tensors[self.weights[key].name].torch_dtype]
+        if own is not None:
+            return own
+        kept = self.view.tensors[self.weights[key].name]
+        return Stored.plain(placed.name, placed.shape, kept.torch_dtype).kind
 
     def _contents(self, origin: Origin) -> Iterator[Tensor]:
         for tensor in self.model.generated().values():

@@ -242,8 +242,7 @@ def _files(
                     target, checkpoint, graph, Title(source.name, source.id), limit
                 )
             except UnsupportedError as error:
-                remedy = f"; {error.remedy}" if error.remedy else ""
-                problems.append(f"{target.name}: {error.message}{remedy}")
+                problems.append(f"{target.name}: {error.in_one_line}")
         else:
             specs = [spec for entry in entries(target, checkpoint, graph) for spec in entry.specs]
             found[target.name] = plan_shards(specs, limit)

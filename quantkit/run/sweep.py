@@ -16,7 +16,7 @@ from threading import Event
 
 from torch import Tensor
 
-from quantkit.calibrate.record import Recorder, Wanted
+from quantkit.calibrate.record import Recorder, Wanted, held_out
 from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import Interrupted
 from quantkit.model.graph import Block, Site
@@ -24,7 +24,7 @@ from quantkit.model.runtime import LoadedBlock, Runtime
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Streams
 from quantkit.run.budget import pools, release_memory, waves
-from quantkit.run.ends import EMBED, HELD_OUT, Ends
+from quantkit.run.ends import EMBED, Ends
 from quantkit.run.fold import Proof, fold_site
 from quantkit.run.folded import Fold, divide_rows, rewritten
 from quantkit.run.known import Known
@@ -36,7 +36,7 @@ from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
 from quantkit.run.tune import StreamPairs, Tuning
 
-# One micro-batch in so many feeds what all experts of a layer know together; it divides the number above.
+# One micro-batch in so many feeds what all experts of a layer know together; it divides `record.HELD_OUT`.
 _POOLED = 4
 
 
@@ -237,7 +237,7 @@ class Sweep:
         """What comes out of the block, by micro-batch, while the recorder sees what goes on inside."""
         untouched = self._streams.file(block.index, REFERENCE, rows)
         for number, (part, states) in enumerate(self._streams.batches(block.index, stream, rows)):
-            recorder.held_out = number % HELD_OUT == HELD_OUT // 2
+            recorder.held_out = held_out(number)
             recorder.pooling = number % _POOLED == 0
             if recorder.pairs:
                 loaded.run(untouched.read(part, self._runtime.device), recorder.pair)

@@ -93,7 +93,7 @@ class Awq:
         if scheme.axis == 0:
             return "groups along the outputs follow any rescaling of the inputs and gain nothing"
         if scheme.ggml:
-            return f"scales of {scheme.numbers} are quantized themselves, factors cannot be folded into rows"
+            return f"factors are not folded into the rows of ggml's types, as {scheme.numbers}; leave it out"
         if scheme.numbers == "fp8":
             return "8-bit floats round each weight by its own size, whatever its column is multiplied by"
         if scheme.per_tensor:

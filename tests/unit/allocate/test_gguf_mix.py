@@ -17,7 +17,6 @@ from quantkit.allocate.gguf_mix import (
     Params,
     assign,
     quantizable,
-    refused_without_imatrix,
 )
 from quantkit.errors import RecipeError
 from quantkit.gguf.mixes import ALIASES, MIXES, Mix, parse_mix, parse_type
@@ -277,20 +276,6 @@ def test_models_of_seventy_billion() -> None:
     assert kind("q4_0", "llama", 80, 1) == "q4_0" and kind("q3_k_s", "llama", 80, 1) == "q5_k"
     assert kind("q3_k_s", "llama", 80, 8) == "q3_k" and kind("q3_k_s", "qwen2", 80, 8) == "q5_k"
     assert kind("q3_k_s", "llama", 79, 1) == "q3_k" and kind("iq2_xs", "llama", 80, 1) == "q4_k"
-
-
-def test_what_llama_cpp_refuses_without_an_imatrix() -> None:
-    facts, items = Facts("llama", 8, 4, 4), matrices(model(Facts("llama", 8, 4, 4), 512, 512, 8))
-    refused = set()
-    for mix in MIXES.values():
-        choices = assign(mix, items, facts, imatrix=False)
-        names = refused_without_imatrix(choices, mix)
-        assert not {"output.weight", "token_embd.weight"} & set(names)
-        if names:
-            refused.add(mix.name)
-    assert refused == {
-        *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"),
-    }
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,15 @@ def test_pools_are_fed_by_every_expert_while_they_are_open() -> None:
     found = recorder.pool("e1")
     assert found is not None and (found.tokens, found.squares.tolist()) == (2, [5.0])  # type: ignore[union-attr]
     assert recorder.pool("other") is None
+
+
+def test_evened_worked_by_hand() -> None:
+    # a mean diagonal of (1 + 3) / 2 = 2, half of which is 1
+    found = statistics.update(
+        statistics.zero(2, Need.GRAM | Need.SQUARES, CPU), torch.tensor([[1.0, 3.0**0.5]])
+    )
+    evened = found.evened(0.5)
+    assert evened.gram is not None and evened.squares is not None
+    torch.testing.assert_close(evened.gram, torch.tensor([[2.0, 3.0**0.5], [3.0**0.5, 4.0]]))
+    torch.testing.assert_close(evened.squares, torch.tensor([2.0, 4.0]))
+    assert found.gram is not None and float(found.gram[0, 0]) == 1.0
