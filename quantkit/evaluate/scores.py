@@ -10,11 +10,12 @@ are correlated; the ratio of perplexities is paired, window by window.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quantkit.evaluate.quality import Perplexity, Quality
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +47,6 @@ def beside_source(source: Tensor, logits: Tensor, following: Tensor) -> tuple[Te
     return nll, kl, agrees.float()
 
 
-@dataclass(frozen=True, slots=True)
-class Perplexity:
-    """exp of the mean NLL, with the standard error over windows."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """What one target scores on one text, beside the source.
-
-    ratio           perplexity / source perplexity, error paired over windows
-    kl_*            nats per token
-    top1_agreement  share of positions whose most likely token is the source's
-    """
-
-    convention: str
-    windows: int
-    tokens: int
-    source: Perplexity
-    target: Perplexity
-    ratio: Perplexity
-    kl_mean: float
-    kl_error: float
-    kl_median: float
-    kl_p99: float
-    kl_max: float
-    top1_agreement: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def perplexity(nll: Tensor) -> Perplexity:
     """From NLL (windows, positions)."""
     mean, error = _mean(nll)
@@ -107,6 +74,7 @@ def quality(convention: str, source: Tensor, scores: TokenScores) -> Quality:
         kl_error=kl_error,
         kl_median=float(ordered[(ordered.numel() - 1) // 2]),
         kl_p99=float(ordered[int(0.99 * (ordered.numel() - 1))]),
+        kl_p999=float(ordered[int(0.999 * (ordered.numel() - 1))]),
         kl_max=float(ordered[-1]),
         top1_agreement=float(scores.agrees.double().mean()),
     )

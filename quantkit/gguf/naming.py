@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
+from quantkit.checkpoint.card import HUB, hub_ids, listed
+from quantkit.checkpoint.card import read as read_card
 from quantkit.checkpoint.strict_json import parse_object
 from quantkit.gguf.container import Typed, Value, library
 
@@ -29,11 +29,6 @@ _SIDE_FILES = (
     (re.compile(r"(i)(matrix)", re.IGNORECASE), r"\1-\2"),
     (re.compile(r"(mtp|eagle3|dflash|dspark)-", re.IGNORECASE), r"\1."),
 )
-_HUB = "https://huggingface.co"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
-# Somewhere in a file system: cards that trainers write name folders of their machine.
-_PATH = re.compile(r"(^|:)(~|\.{0,2}[\\/]|[A-Za-z]:[\\/])")
-_CARD_BYTES = 1 << 20
 # key of generation_config.json → (key of ours, whether it counts)
 _SAMPLING = MappingProxyType(
     {
@@ -80,7 +75,7 @@ def general(
     `model` is a name and `repository` the Hub id of the source if it has one; the card and the settings for
     generation are read from `folder`.
     """
-    card = _card(folder / "README.md")
+    card = read_card(folder / "README.md")
     name = (repository or model).rstrip("/").rpartition("/")[2] or "model"
     found: dict[str, Value] = {
         "type": "model",
@@ -108,37 +103,19 @@ def _origin(repository: str | None) -> dict[str, Value]:
     if repository is None:
         return {}
     organization = library().Metadata.id_to_title(repository.partition("/")[0])
-    return {"organization": organization, "source.repo_url": f"{_HUB}/{repository}"}
-
-
-def _card(path: Path) -> Mapping[str, Any]:
-    """The front matter of a model card, every value as text; empty where there is none that reads."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(_CARD_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return {}
-    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
-    if found is None:
-        return {}
-    try:
-        # as text, because YAML takes the language `no` for a truth value
-        front = yaml.load(found[1], Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError):
-        return {}
-    return front if isinstance(front, dict) else {}
+    return {"organization": organization, "source.repo_url": f"{HUB}/{repository}"}
 
 
 def _texts(card: Mapping[str, Any]) -> dict[str, Value]:
     """Licence, tags and languages."""
     out: dict[str, Value] = {}
-    if licence := _listed(card.get("license")):
+    if licence := listed(card.get("license")):
         out["license"] = ",".join(licence)
     for key, ours in (("license_name", "license.name"), ("license_link", "license.link")):
-        if found := _listed(card.get(key)):
+        if found := listed(card.get(key)):
             out[ours] = found[0]
-    tags = [*_listed(card.get("tags")), *_listed(card.get("pipeline_tag"))]
-    for ours, texts in (("tags", tags), ("languages", _listed(card.get("language")))):
+    tags = [*listed(card.get("tags")), *listed(card.get("pipeline_tag"))]
+    for ours, texts in (("tags", tags), ("languages", listed(card.get("language")))):
         if texts:
             out[ours] = list(dict.fromkeys(texts))
     return out
@@ -146,8 +123,7 @@ def _texts(card: Mapping[str, Any]) -> dict[str, Value]:
 
 def _base_models(card: Mapping[str, Any]) -> dict[str, Value]:
     """Those that the card names by Hub id."""
-    named = [text.removeprefix(f"{_HUB}/") for text in _listed(card.get("base_model"))]
-    ids = [text for text in named if _HUB_ID.fullmatch(text)]
+    ids = hub_ids(card.get("base_model"))
     if not ids:
         return {}
     title = library().Metadata.id_to_title
@@ -157,16 +133,9 @@ def _base_models(card: Mapping[str, Any]) -> dict[str, Value]:
         out |= {
             f"base_model.{number}.name": title(name),
             f"base_model.{number}.organization": title(organization),
-            f"base_model.{number}.repo_url": f"{_HUB}/{id}",
+            f"base_model.{number}.repo_url": f"{HUB}/{id}",
         }
     return out
-
-
-def _listed(value: object) -> list[str]:
-    """A text or a list of texts, as a list; whatever else is left out, and so are paths."""
-    listed = value if isinstance(value, list) else [value]
-    texts = [text.strip() for text in listed if isinstance(text, str)]
-    return [text for text in texts if text and (re.match("https?://", text) or not _PATH.search(text))]
 
 
 def _sampling(path: Path) -> dict[str, Value]:

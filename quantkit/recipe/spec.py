@@ -23,14 +23,21 @@ Scalar = str | int | float | bool
 DEFAULT_SET = "wikitext103"
 DEFAULT_LENGTH = 2048
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+_PART = r"[A-Za-z0-9_{}][A-Za-z0-9._{}-]{0,95}"
+_REPOSITORY = re.compile(rf"{_PART}/{_PART}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_BRANCH = re.compile(r"[A-Za-z0-9{][A-Za-z0-9._{}-]{0,99}")
+_VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]{0,99}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 __all__ = [
     "Calibration",
+    "Card",
     "Device",
     "Eval",
     "EvalText",
     "Gates",
     "Output",
+    "Publish",
     "Recipe",
     "Rule",
     "Target",
@@ -252,6 +259,72 @@ def _located(name: str, ask: Any, *arguments: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """What a model card holds beside what was measured."""
+
+    notes: Annotated[str | None, "Markdown file of your own that goes into the card as it is"] = None
+    plot: Annotated[bool, "a plot of size against quality, where several targets were measured"] = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Where results are published; carried out by `push` and by `convert --push`."""
+
+    repo: Annotated[
+        str, "repository of the Hub, as name/model; {target} stands for the target where it needs several"
+    ]
+    visibility: Annotated[
+        Literal["private", "public", "private-then-public"],
+        "of a new repository; private-then-public: public once everything in it is verified",
+    ] = "private"
+    layout: Annotated[
+        Literal["auto", "files", "branches", "repo-per-target"],
+        "files: one repository; branches: one branch each; auto: files for gguf, else a repository each",
+    ] = "auto"
+    branch: Annotated[
+        str | None,
+        "branch to publish to; of layout branches its name, where {target} and {bpw} are filled in",
+    ] = None
+    create_pr: Annotated[bool, "open a pull request instead of committing"] = False
+    when: Annotated[
+        Literal["always", "gates-pass", "manual"],
+        "whether convert --push publishes what breaks a gate, or at all",
+    ] = "gates-pass"
+    tag: Annotated[str | None, "tag for the published commit"] = None
+    base_model: Annotated[str | None, "Hub id of the source, where it is a folder"] = None
+    license: Annotated[str | None, "licence of the source, where its card says none"] = None
+    license_confirmed: Annotated[
+        bool, "publish under a licence that restricts derivatives or that is not known"
+    ] = False
+    token_env: Annotated[str | None, "environment variable with the token; null: HF_TOKEN or the login"] = (
+        None
+    )
+    card: Annotated[Card, "what the model card holds beside what was measured"] = field(default_factory=Card)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        problems = []
+        if not _REPOSITORY.fullmatch(self.repo):
+            problems.append(
+                f"repo: {self.repo!r} is not a repository as name/model; {{target}} may stand in it"
+            )
+        if self.branch is not None and not _BRANCH.fullmatch(self.branch):
+            problems.append(f"branch: {self.branch!r} is no plain name; use letters, digits, dot and dash")
+        if self.create_pr and self.branch is not None:
+            problems.append("create_pr: a pull request makes its own branch; leave out `branch`")
+        if self.create_pr and self.layout == "branches":
+            problems.append("create_pr: a pull request is for one branch; choose another layout")
+        if self.base_model is not None and not _HUB_ID.fullmatch(self.base_model):
+            problems.append(f"base_model: {self.base_model!r} is not a Hub id as org/name")
+        if self.token_env is not None and not _VARIABLE.fullmatch(self.token_env):
+            problems.append("token_env: give the name of a variable, never the token itself")
+        refuse(problems)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """One sweep: one source, one calibration text, any number of targets."""
 
@@ -265,6 +338,11 @@ class Recipe:
     )
     eval: Annotated[Eval, "what is measured about every target"] = field(default_factory=Eval)
     rules: Annotated[tuple[Rule, ...], "weights kept or quantized differently; the first match decides"] = ()
+    engine_check: Annotated[
+        bool,
+        "load every result in the engine it is for, where that is installed, and compare what it computes",
+    ] = True
+    publish: Annotated[Publish | None, "where results are published; null: nowhere"] = None
     vars: Annotated[Mapping[str, Scalar], "values for ${vars.name}"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

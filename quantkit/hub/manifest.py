@@ -1,0 +1,203 @@
+"""`quantkit.json` and `checks.json`: what a target is, how it was made, and what was measured about it.
+
+A card is written from these alone, so a folder can be published from another machine, long after. Nothing
+in `quantkit.json` depends on the clock or on paths of the machine: the same plan gives the same bytes.
+`checks.json` holds what an engine made of the files, which may differ from run to run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import SourceError
+from quantkit.evaluate.quality import Quality
+
+MANIFEST = "quantkit.json"
+CHECKS = "checks.json"
+SCHEMA = "quantkit/target/2"
+REPO_SCHEMA = "quantkit/repo/1"
+CHECKS_SCHEMA = "quantkit/checks/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The checkpoint that was quantized.
+
+    id           repository of the Hub when `revision` is not None, else only a name
+    card         front matter of its model card: licence, tags, languages, base models
+    cache_bytes  bytes of a key-value cache per token of context in 16 bits; None: not known
+    context      tokens it was made for, None: not known
+    quantized    what it is stored in when it is not the original: ``gptq, 4 bits``; None: it is floats
+    """
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    architecture: str
+    model_type: str
+    parameters: int
+    size_bytes: int
+    bits_per_weight: float
+    dtype: str
+    context: int | None
+    cache_bytes: int | None
+    quantized: str | None
+    card: Mapping[str, Any]
+
+    @property
+    def on_hub(self) -> bool:
+        return self.revision is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Weights that are not quantized: `pattern` stands for `count` tensors of `parameters` parameters."""
+
+    pattern: str
+    count: int
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """One file of the target, beside the manifest."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What an engine made of the files, beside what quantkit computes from them, on `tokens` tokens.
+
+    problem         why it is not sound, None: it is
+    kl_mean         nats per token between the two, of next-token probabilities
+    top1_agreement  share of positions whose most likely token is the same
+    peak_bytes      memory that loading and running it took at most, on `device`
+    """
+
+    engine: str
+    version: str
+    device: str
+    problem: str | None
+    tokens: int = 0
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One target.
+
+    calibration  what was known of inputs; None: nothing was needed
+    made         options, transforms, feedback and the like that were used
+    engines      what loads the files; notes says what does not, and why
+    recipe       YAML of the complete recipe with this target alone, without paths of the machine
+    versions     packages that computed, by name
+    files        by name, beside the manifest
+    repacked     what export said of moving the codes here from another format, None when nothing was moved
+    """
+
+    key: str
+    quantkit: str
+    name: str
+    format: str
+    scheme: str
+    method: str
+    size_bytes: int
+    bits_per_weight: float
+    fallbacks: int
+    source: Origin
+    quality: tuple[Quality, ...]
+    calibration: Mapping[str, Any] | None
+    made: Mapping[str, Any]
+    kept: tuple[Kept, ...]
+    engines: tuple[str, ...]
+    notes: tuple[str, ...]
+    recipe: str
+    versions: Mapping[str, str]
+    files: Mapping[str, FileSum] = field(default_factory=dict)
+    repacked: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, found: Any, where: str) -> Manifest:
+        """Inverse of `to_json`; SourceError, naming `where`, for anything else."""
+        try:
+            if found["schema"] != SCHEMA:
+                raise SourceError(
+                    f"{where} is a manifest of another version: {found['schema']}, not {SCHEMA}",
+                    remedy="run the same quantkit convert again with --on-exists replace",
+                )
+            known = {f.name: found[f.name] for f in fields(cls)}
+            known["source"] = Origin(**found["source"])
+            known["quality"] = tuple(Quality.from_json(q) for q in found["quality"])
+            known["kept"] = tuple(Kept(**k) for k in found["kept"])
+            known["files"] = {str(n): FileSum(**s) for n, s in found["files"].items()}
+            for name in ("engines", "notes"):
+                known[name] = tuple(found[name])
+            return cls(**known)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SourceError(f"{where} is not what quantkit writes: {error!r}") from error
+
+
+def find_manifest(folder: Path, file: str | None = None) -> Manifest | None:
+    """What quantkit wrote into `folder` about its target, or, in one that holds several, about the target of
+    `file`; None when there is nothing. SourceError for a manifest that does not read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    found = _read(path)
+    if not isinstance(found, dict) or found.get("schema") != REPO_SCHEMA:
+        made = Manifest.from_json(found, f"`{path}`")
+        return made if file is None or file in made.files else None
+    targets = found.get("targets")
+    for inside in targets.values() if isinstance(targets, dict) else ():
+        made = Manifest.from_json(inside, f"`{path}`")
+        if file in made.files:
+            return made
+    return None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a target's folder; SourceError when it has none that reads."""
+    return Manifest.from_json(_read(folder / MANIFEST), f"`{folder / MANIFEST}`")
+
+
+def read_checks(folder: Path, key: str) -> tuple[Check, ...] | None:
+    """What engines made of the target `key` in `folder`; None: nobody looked, or at other files."""
+    path = folder / CHECKS
+    if not path.is_file():
+        return None
+    found = _read(path)
+    try:
+        if found["schema"] != CHECKS_SCHEMA or found["key"] != key:
+            return None
+        return tuple(Check(**check) for check in found["engines"])
+    except (KeyError, TypeError) as error:
+        raise SourceError(f"`{path}` is not what quantkit writes: {error!r}") from error
+
+
+def checks_json(key: str, checks: tuple[Check, ...]) -> dict[str, Any]:
+    """What `read_checks` reads."""
+    return {"schema": CHECKS_SCHEMA, "key": key, "engines": [asdict(check) for check in checks]}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SourceError(
+            f"`{path}` cannot be read: {error.strerror}",
+            remedy="give a folder that quantkit convert wrote",
+        ) from error
+    except ValueError as error:
+        raise SourceError(f"`{path}` is not JSON: {error}") from error

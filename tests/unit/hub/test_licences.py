@@ -1,0 +1,218 @@
+"""Licences of sources, and what stands in the way of publishing under them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from quantkit.checkpoint import card
+from quantkit.hub.licence_terms import duties, known_licences, restriction
+from quantkit.hub.licences import Licence, judge
+from quantkit.hub.manifest import Origin
+from quantkit.recipe.spec import Publish
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def origin(front: str = "", *, id: str = "org/model", revision: str | None = COMMIT, **more: Any) -> Origin:
+    found = card.inherited(card.front_matter(f"---\n{front}\n---\n"))
+    return Origin(id, revision, "f", "A", "a", 1, 2, 16.0, "bfloat16", None, None, None, found | more)
+
+
+def folder(front: str = "") -> Origin:
+    return origin(front, id="my-model", revision=None)
+
+
+def publish(**how: Any) -> Publish:
+    return Publish(**{"repo": "me/model-GPTQ", "visibility": "public", **how})
+
+
+def test_the_licence_of_the_source_is_passed_on() -> None:
+    assert judge(origin("license: apache-2.0"), publish()) == Licence(
+        "apache-2.0", None, None, ("org/model",), False, (), (), ()
+    )
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("LICENSE", f"https://huggingface.co/org/model/blob/{COMMIT}/LICENSE"),
+        ("./a b/LICENSE.md#x", f"https://huggingface.co/org/model/blob/{COMMIT}/a%20b/LICENSE.md#x"),
+        ("javascript:alert(1)", f"https://huggingface.co/org/model/blob/{COMMIT}/javascript%3Aalert%281%29"),
+        ("https://example.org/licence", "https://example.org/licence"),
+        ("/home/someone/LICENSE", None),
+        ("../LICENSE", None),
+    ],
+)
+def test_links_lead_somewhere(link: str, expected: str | None) -> None:
+    found = judge(
+        origin(f"license: other\nlicense_name: own-1\nlicense_link: '{link}'"),
+        publish(license_confirmed=True),
+    )
+    assert (found.id, found.name, found.link) == ("other", "own-1", expected)
+
+
+def test_the_endpoint_of_the_source() -> None:
+    found = judge(origin("license: mit\nlicense_link: LICENSE"), publish(), endpoint="http://127.0.0.1:7/")
+    assert found.link == f"http://127.0.0.1:7/org/model/blob/{COMMIT}/LICENSE"
+
+
+def test_links_of_a_folder() -> None:
+    how = publish(base_model="org/base")
+    assert judge(folder("license: mit\nlicense_link: LICENSE.txt"), how).link == "LICENSE.txt"
+    lost = judge(folder("license: mit\nlicense_link: terms/mine.txt"), how)
+    assert lost.link is None
+    assert any("'terms/mine.txt', which is not published" in warning for warning in lost.warnings)
+
+
+def test_what_is_not_stated_is_not_invented() -> None:
+    found = judge(origin("tags: [chat]"), publish())
+    assert (found.id, found.name, found.link, found.blockers) == (None, None, None, ())
+    assert found.warnings == ("the licence is left out: it is not stated by the source (org/model)",)
+
+
+@pytest.mark.parametrize(
+    ("front", "why", "quoted"),
+    [
+        ("license: cc-by-nd-4.0", "forbids to share derivatives", "`cc-by-nd-4.0`"),
+        ("license: cc-by-nc-nd-3.0", "forbids to share derivatives", "`cc-by-nc-nd-3.0`"),
+        ("license: fair-noncommercial-research-license", "allows research alone", "`fair-noncomm"),
+        ("license: other\nlicense_name: Qwen-Research", "allows research alone", "`other` (Qwen-Research)"),
+        (
+            "license: other\nlicense_name: own-1\nlicense_link: https://example.org/x",
+            "is none whose terms quantkit knows",
+            "`other` (own-1), https://example.org/x",
+        ),
+        ("license: other", "is none whose terms quantkit knows", "`other`"),
+        ("license: unknown", "is none whose terms quantkit knows", "`unknown`"),
+        ("license: proprietary-7", "is none whose terms quantkit knows", "`proprietary-7`"),
+    ],
+)
+def test_what_needs_a_person(front: str, why: str, quoted: str) -> None:
+    (blocker,) = judge(origin(front), publish()).blockers
+    assert why in blocker and quoted in blocker and "--license-confirmed" in blocker
+    confirmed = judge(origin(front), publish(license_confirmed=True))
+    assert confirmed.blockers == ()
+    assert dataclasses.replace(judge(origin(front), publish()), blockers=()) == confirmed
+
+
+def test_a_licence_that_the_hub_does_not_know() -> None:
+    found = judge(origin("license: Proprietary-7"), publish(license_confirmed=True))
+    assert (found.id, found.name) == ("other", "Proprietary-7")
+    assert any("knows no licence `Proprietary-7`" in warning for warning in found.warnings)
+    assert judge(origin("license: Apache-2.0"), publish()).id == "apache-2.0"
+
+
+def test_of_several_licences_one_may_choose() -> None:
+    found = judge(origin("license: [mit, cc-by-nd-4.0]"), publish())
+    assert (found.id, found.more, found.blockers) == ("mit", ("cc-by-nd-4.0",), ())
+    both = judge(origin("license: [cc-by-nc-nd-4.0, cc-by-nd-4.0]"), publish())
+    assert len(both.blockers) == 1
+
+
+def test_the_word_of_the_person_wins_and_is_compared() -> None:
+    found = judge(origin("license: mit\nlicense_link: LICENSE"), publish(license="apache-2.0"))
+    assert (found.id, found.link) == ("apache-2.0", None)
+    (warning,) = found.warnings
+    assert "publish.license is `apache-2.0`" in warning and "`mit`" in warning
+    same = judge(origin("license: mit\nlicense_link: LICENSE"), publish(license="MIT"))
+    assert same.id == "mit" and same.link is not None and same.warnings == ()
+
+
+def test_another_word_does_not_lift_a_restriction() -> None:
+    (blocker,) = judge(origin("license: cc-by-nd-4.0"), publish(license="mit")).blockers
+    assert "`cc-by-nd-4.0`" in blocker
+
+
+@pytest.mark.parametrize("id", ["llama3.1", "llama3.2", "llama3.3", "llama4"])
+def test_llama_asks_for_three_things_and_a_name(id: str) -> None:
+    number = id.removeprefix("llama")
+    found = judge(origin(f"license: {id}"), publish())
+    assert found.blockers == found.warnings == ()
+    text = "\n".join(found.reminders)
+    assert 'show "Built with Llama"' in text and "copy of the licence" in text
+    assert f"Llama {number} is licensed under the Llama {number} Community License" in text
+    assert f'{id}: let the name of the model begin with "Llama"' in found.reminders
+    named = judge(origin(f"license: {id}"), publish(repo="me/llama-3.1-8B-GPTQ"))
+    assert len(named.reminders) == len(found.reminders) - 1
+
+
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        ("license: llama3", 'show "Built with Meta Llama 3"'),
+        ("license: llama3", 'begin with "Llama 3"'),
+        ("license: llama2", "LLAMA 2 Community License"),
+        ("license: gemma", "NOTICE"),
+        ("license: openrail++", "restrictions of use"),
+        ("license: cc-by-sa-4.0", "under the same licence"),
+        ("license: cc-by-nc-4.0", "not be used commercially"),
+        ("license: other\nlicense_name: Llama 3.2", "Built with Llama"),
+    ],
+)
+def test_reminders(front: str, said: str) -> None:
+    found = judge(origin(front), publish())
+    assert any(said in reminder for reminder in found.reminders) and found.blockers == ()
+
+
+def test_names_that_begin_as_they_must() -> None:
+    found = judge(origin("license: llama3"), publish(repo="me/Llama-3-8B-GPTQ"))
+    assert not any("begin with" in reminder for reminder in found.reminders)
+    meta = judge(origin("license: llama3"), publish(repo="me/Meta-Llama-3-8B"))
+    assert any("begin with" in reminder for reminder in meta.reminders)
+
+
+@pytest.mark.parametrize(
+    ("front", "told"), [("license: mit\nextra_gated_prompt: x", False), ("license: mit", True)]
+)
+def test_gated_sources(front: str, told: bool) -> None:
+    found = judge(origin(front), publish(), gated=told)
+    assert found.gated and "gated: auto" in found.warnings[0] and found.blockers == ()
+    assert not judge(origin("license: mit"), publish()).gated
+
+
+def test_a_folder_without_a_card() -> None:
+    (blocker,) = judge(folder(), publish()).blockers
+    assert "--base-model ID" in blocker and "--license ID" in blocker and "my-model" in blocker
+    (blocker,) = judge(folder(), publish(license="mit")).blockers
+    assert "--base-model ID" in blocker and "--license ID" not in blocker
+    assert judge(folder(), publish(license="mit", base_model="org/base")).blockers == ()
+    assert judge(folder(), publish(visibility="private")).blockers == ()
+    assert len(judge(folder(), publish(visibility="private-then-public")).blockers) == 1
+
+
+def test_base_models_are_never_paths() -> None:
+    assert judge(folder("license: mit\nbase_model: org/older"), publish()).base_models == ()
+    found = judge(folder("license: mit"), publish(base_model="org/base"))
+    assert found.base_models == ("org/base",) and found.warnings == ()
+    local = dataclasses.replace(folder("license: mit"), id="/home/someone/model")
+    assert judge(local, publish()).base_models == ()
+    other = judge(origin("license: mit\nbase_model: org/older"), publish(base_model="org/else"))
+    assert other.base_models == ("org/model",) and "org/else" in other.warnings[0]
+
+
+def test_the_table_of_licences() -> None:
+    known = known_licences()
+    assert {"mit", "apache-2.0", "other", "llama4", "gemma"} <= known
+    assert all(id == id.strip().lower() for id in known)
+    assert {id for id in known if restriction(id) == "forbids to share derivatives"} == {
+        "cc-by-nd-4.0",
+        "cc-by-nc-nd-3.0",
+        "cc-by-nc-nd-4.0",
+    }
+    for id in ("mit", "apache-2.0", "gpl-3.0", "openmdw-1.0"):
+        assert restriction(id) is None and duties(id) == ()
+    for id in known:
+        assert all(duty and not duty.endswith(".") for duty in duties(id))
+
+
+def test_it_needs_no_torch() -> None:
+    code = (
+        "import sys, quantkit.hub.licences, quantkit.hub.scrub\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
