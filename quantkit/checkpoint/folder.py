@@ -29,10 +29,8 @@ _EXTRAS = (
     "preprocessor_config.json",
     "processor_config.json",
     "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
+_TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _MAX_JSON_BYTES = 100_000_000
 _MAX_SHARDS = 100_000
@@ -43,7 +41,13 @@ _DOWNLOAD_AGAIN = "the file is damaged or was tampered with: download it again"
 def is_extra(name: str) -> bool:
     """Whether a file belongs next to the weights: tokenizer, template, licence; never code or pickles."""
     suffix = PurePosixPath(name).suffix.lower()
-    return suffix not in _PICKLES and suffix != ".py" and any(fnmatchcase(name, p) for p in _EXTRAS)
+    known = any(fnmatchcase(name, pattern) for pattern in (*_EXTRAS, *_TERMS))
+    return known and suffix not in _PICKLES and suffix != ".py"
+
+
+def is_terms(name: str) -> bool:
+    """Whether a file is of those extras that say under which terms the model may be used."""
+    return is_extra(name) and any(fnmatchcase(name, p) for p in _TERMS)
 
 
 def weight_files(

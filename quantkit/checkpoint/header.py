@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint import header_file
 from quantkit.checkpoint.strict_json import parse_object
 from quantkit.errors import SourceError
 
@@ -81,13 +82,20 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Parse and validate the header of `file`; SourceError on anything malformed."""
+    """Parse and validate the header of `file`; SourceError on anything malformed.
+
+    Also of a file that was not downloaded, where `header_file` keeps its header.
+    """
+    if header_file.stands_in(file):
+        kept = header_file.read(file)
+        length = header_length(kept.first[:PREFIX_BYTES], file, kept.size)
+        return parse_header(kept.first[PREFIX_BYTES : PREFIX_BYTES + length], file, kept.size)
     try:
         if not file.is_file():  # also keeps a named pipe from being opened, which would wait for ever
             raise _malformed(file, "is missing or not a regular file")
         with file.open("rb") as f:
             size = os.fstat(f.fileno()).st_size
-            length = _header_length(f.read(PREFIX_BYTES), file, size)
+            length = header_length(f.read(PREFIX_BYTES), file, size)
             return parse_header(f.read(length), file, size)
     except OSError as error:
         raise SourceError(
@@ -131,7 +139,8 @@ def _malformed(file: Path, what: str) -> SourceError:
     )
 
 
-def _header_length(prefix: bytes, file: Path, size: int) -> int:
+def header_length(prefix: bytes, file: Path, size: int) -> int:
+    """Bytes of JSON that the first 8 of a `file` of `size` bytes promise; SourceError when it has fewer."""
     if len(prefix) < PREFIX_BYTES:
         raise _malformed(file, f"is only {size:,} bytes; a safetensors file starts with {PREFIX_BYTES}")
     if _LFS_POINTER.startswith(prefix):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint import folder
+from quantkit.checkpoint import folder, header_file
 from quantkit.checkpoint.header import TensorInfo, read_header
 from quantkit.errors import SourceError
 
@@ -39,10 +39,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Parse config, index and headers in `path`; SourceError on anything missing or malformed."""
+        """Parse config, index and headers in `path`; SourceError on anything missing or malformed.
+
+        Of weights that were not downloaded the header suffices, see `header_file`: what they hold is
+        known, and `read` raises NotDownloaded.
+        """
         folder.check_folder(path)
         config = folder.read_config(path)
-        names = {file.name for file in path.iterdir() if file.is_file()}
+        names = header_file.names_in(path)
         tensors: dict[str, TensorInfo] = {}
         for file in folder.weight_files(f"`{path}`", names, lambda name: folder.read_index(path / name)):
             _add(tensors, read_header(path / file).tensors)
@@ -159,7 +163,7 @@ def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _read_bytes(info: TensorInfo, begin: int, end: int) -> Tensor:
-    """Bytes ``[begin, end)`` of the file as a 1-d uint8 tensor."""
+    """Bytes ``[begin, end)`` of the file as 1-d uint8 tensor; NotDownloaded where there is only a header."""
     out = torch.empty(end - begin, dtype=torch.uint8)
     rest = out.numpy().data
     try:
@@ -174,6 +178,9 @@ def _read_bytes(info: TensorInfo, begin: int, end: int) -> Tensor:
                     )
                 rest = rest[count:]
     except OSError as error:
+        if header_file.stands_in(info.file):
+            kept = bytearray(header_file.data(info.file, info.name, begin, end))
+            return torch.frombuffer(kept, dtype=torch.uint8) if kept else out
         raise SourceError(
             f"cannot read `{info.name}` from `{info.file}`: {error.strerror}",
             remedy="check the file and its disk",

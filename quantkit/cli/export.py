@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from quantkit.cli.help import Command
-from quantkit.cli.options import option
+from quantkit.cli.options import CACHE_DIR, OFFLINE, option
 from quantkit.cli.output import Output, common_options
 
 _EXAMPLES = (
@@ -19,7 +19,7 @@ _EXAMPLES = (
 
 
 @click.command("export", cls=Command, examples=_EXAMPLES)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder")
 @option(
     "Common",
     "--to",
@@ -33,7 +33,7 @@ _EXAMPLES = (
     "--output",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="folder of the result  [default: beside FOLDER, which its name begins with]",
+    help="folder of the result  [default: beside FOLDER, of a Hub id here; its name begins the same]",
 )
 @option(
     "Common",
@@ -42,19 +42,27 @@ _EXAMPLES = (
     default="resume",
     help="what to do when DIR holds an earlier result  [default: resume]",
 )
+@OFFLINE
+@CACHE_DIR
 @common_options
-def command(folder: Path, **flags: Any) -> None:
+def command(folder: str, **flags: Any) -> None:
     """Store a quantized FOLDER in another format, bit for bit.
 
-    Codes and scales are moved as they are; what would change a single value is refused, with the reason.
-    The result is read back and compared with FOLDER bit for bit.
+    FOLDER is one, or a Hub id. Codes and scales are moved as they are; what would change a single value
+    is refused, with the reason. The result is read back and compared with it bit for bit.
     """
     output = Output.from_flags(flags)
 
     from quantkit.cli.progress import choose
+    from quantkit.run.plan import locate
     from quantkit.run.repack import repack
 
+    where = {"offline": flags["offline"], "cache_dir": flags["cache_dir"]}
+    target: Path | None = flags["output"]
     with choose(output) as progress:
-        made = repack(folder, flags["to"], flags["output"], on_exists=flags["on_exists"], progress=progress)
+        located = locate(folder, progress=progress, **where)
+        if target is None and located.id is not None:  # beside it is the cache
+            target = Path(f"{Path(located.id).name}-{flags['to'].strip().lower().replace(':', '-')}")
+        made = repack(located.path, flags["to"], target, on_exists=flags["on_exists"], progress=progress)
     document = {**made.to_json(), "folder": str(made.folder)}
     output.result("export", [made.table()], document, [made.folder])

@@ -37,9 +37,12 @@ def print_recipe(recipe: Recipe) -> int:
 
 def show_plan(recipe: Recipe, flags: dict[str, Any], output: Output) -> int:
     """The plan on stdout; exit code 2 when something in it cannot be done."""
+    from quantkit.cli.progress import choose
     from quantkit.run.plan import plan
 
-    found = plan(recipe, offline=flags["offline"], cache_dir=flags["cache_dir"])
+    where = {"offline": flags["offline"], "cache_dir": flags["cache_dir"]}
+    with choose(output) as progress:
+        found = plan(recipe, headers_only=True, progress=progress, **where)
     table = found.table()
     output.result("plan", [table], found.to_json())
     return UnsupportedError.exit_code if table.blockers else 0

@@ -45,7 +45,11 @@ def repository(id: str, revision: str | None, api: HfApi, cache_dir: Path | None
 
 def _client() -> httpx2.Client:
     # The first hook is the client's own: it implements offline mode and request ids.
-    return httpx2.Client(event_hooks={"request": [hf_request_event_hook, _limit_time]}, follow_redirects=True)
+    return httpx2.Client(
+        event_hooks={"request": [hf_request_event_hook, _limit_time]},
+        follow_redirects=True,
+        timeout=httpx2.Timeout(**_TIMEOUTS, pool=None),
+    )
 
 
 def _limit_time(request: httpx2.Request) -> None:

@@ -1,20 +1,30 @@
-"""From what the user typed to a folder on disk: a local checkpoint, or one fetched from the Hub."""
+"""From what the user typed to files on disk: a local model, or one fetched from the Hub."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import folder
 from quantkit.errors import SourceError
+from quantkit.run.progress import SILENT, Progress
 
-_REPO_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
+if TYPE_CHECKING:
+    from quantkit.hub.client import Repo
+
+_REPO_ID = re.compile(
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^\s@:]+))?(:(?P<which>[^:]*[^:\s]))?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint folder; `id` and `revision` (the commit, 40 hex digits) when it came from the Hub."""
+    """A model: a folder or a GGUF file.
+
+    id, revision  repository and commit, 40 hex digits, when it came from the Hub
+    """
 
     path: Path
     id: str | None
@@ -28,33 +38,85 @@ class Source:
 
 
 def resolve(
-    source: str, *, offline: bool = False, cache_dir: Path | None = None, endpoint: str | None = None
+    source: str,
+    *,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+    progress: Progress = SILENT,
 ) -> Source:
-    """The folder that `source` names: an existing one, or ``org/name[@revision]`` fetched into the cache.
+    """The model that `source` names: an existing folder or GGUF file, or one of the Hub, fetched.
 
-    offline uses only what the cache holds. SourceError when `source` is neither a folder nor a
-    repository id, or holds no safetensors; HubError when the Hub refuses or cannot be reached.
+    ``org/name[@revision][:which]``: `which` is a GGUF file or its tag (``Q4_K_M``), as in llama.cpp, or a
+    sub-folder with a checkpoint. offline uses only what the cache holds. token is for the Hub; without one
+    it is that of the environment, then of the last login.
+
+    SourceError when `source` is none of these or holds no model, HubError when the Hub refuses or cannot
+    be reached, BudgetError when the disk is too small.
     """
+    if (local := _local(source)) is not None:
+        return local
+    repo, which = _on_hub(source, cache_dir, endpoint, token)
+    from quantkit.hub import snapshot
+
+    found = snapshot.cached(repo, which) if offline else snapshot.downloaded(repo, which, progress)
+    path, commit = found
+    return Source(path, repo.id, commit, source)
+
+
+def headers(
+    source: str,
+    *,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+    progress: Progress = SILENT,
+) -> Source:
+    """Like `resolve`, without the weights: of those only headers are fetched, a few KB of each file.
+
+    `Checkpoint.open` opens the folder; reading a tensor raises `header_file.NotDownloaded`. What is
+    complete in the cache is taken from there, and a GGUF model is fetched whole.
+    """
+    if (local := _local(source)) is not None:
+        return local
+    repo, which = _on_hub(source, cache_dir, endpoint, token)
+    from quantkit.hub import remote
+
+    found = remote.cached(repo, which) if offline else remote.headers(repo, which, progress)
+    path, commit = found
+    return Source(path, repo.id, commit, source)
+
+
+def _local(source: str) -> Source | None:
+    """The folder or GGUF file at `source`; None when nothing is there."""
     try:
         path = Path(source).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, or `~nobody`
         raise _neither(source) from error
-    if source and path.is_dir():
-        return Source(path, None, None, source)
-    if exists:
+    if not source or not exists:
+        return None
+    if not (path.is_file() and path.suffix.lower() == ".gguf"):
         folder.check_folder(path)
+    return Source(path, None, None, source)
+
+
+def _on_hub(
+    source: str, cache_dir: Path | None, endpoint: str | None, token: str | None
+) -> tuple[Repo, str | None]:
+    """(the repository that `source` names, which model of it)."""
     named = _REPO_ID.fullmatch(source)
     if named is None:
-        raise _neither(source, folder.did_you_mean(path))
-    from quantkit.hub import snapshot  # imports the Hub client, which a local folder does not need
+        raise _neither(source, folder.did_you_mean(Path(source)))
+    from quantkit.hub import client  # imports the client, which a local folder does not need
 
     try:
-        repo = snapshot.repository(named["id"], named["revision"], cache_dir, endpoint)
+        repo = client.repository(named["id"], named["revision"], client.connect(endpoint, token), cache_dir)
     except ValueError as error:
         raise _neither(source) from error
-    found, commit = snapshot.cached(repo) if offline else snapshot.downloaded(repo)
-    return Source(found, repo.id, commit, source)
+    return repo, named["which"]
 
 
 def _neither(source: str, hint: str = "") -> SourceError:

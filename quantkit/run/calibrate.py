@@ -24,6 +24,7 @@ from quantkit.errors import NumericsError, UnsupportedError
 from quantkit.gguf import imatrix as files
 from quantkit.gguf.architectures import Model
 from quantkit.gguf.imatrix import CHUNK_SIZE, Entry, Imatrix
+from quantkit.hub.fetch import Source
 from quantkit.model.build import build_graph
 from quantkit.model.graph import Block
 from quantkit.model.runtime import Runtime
@@ -123,14 +124,15 @@ def collect_imatrix(
     UnsupportedError when llama.cpp cannot run the model, NumericsError when an activation is not finite.
     """
     progress.step("plan", source)
-    work = _Pass(source, calibration, device, offline=offline, cache_dir=cache_dir)
+    found = locate(source, offline=offline, cache_dir=cache_dir, progress=progress)
+    work = _Pass(found, calibration, device)
     progress.step("calibrate", work.detail)
     with closing(RunStore.open(store_of(output))) as store:
-        found = work.carry_out(store, progress)
-    _write(output, found)
+        collected = work.carry_out(store, progress)
+    _write(output, collected)
     shutil.rmtree(store_of(output), ignore_errors=True)
     progress.finish()
-    return Collected(output, work.name, found)
+    return Collected(output, work.name, collected)
 
 
 def merge_imatrix(paths: Sequence[Path], output: Path, *, chunk_size: int = CHUNK_SIZE) -> Collected:
@@ -178,10 +180,7 @@ class _Sums:
 class _Pass:
     """One pass of calibration rows through the blocks of a model."""
 
-    def __init__(
-        self, source: str, calibration: Calibration, device: Device, *, offline: bool, cache_dir: Path | None
-    ) -> None:
-        found = locate(source, offline=offline, cache_dir=cache_dir)
+    def __init__(self, found: Source, calibration: Calibration, device: Device) -> None:
         self.name = found.name
         self._checkpoint = open_source(found.path)
         self._graph = build_graph(self._checkpoint)

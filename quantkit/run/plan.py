@@ -9,15 +9,17 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quantkit import resources
+from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardPlan, plan_shards
 from quantkit.errors import SourceError, UnsupportedError
+from quantkit.hub import fetch
 from quantkit.hub.fetch import Source
-from quantkit.hub.fetch import resolve as fetch
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
 from quantkit.recipe.plan import Described, Resolved, TargetPlan, resolve
@@ -29,6 +31,7 @@ from quantkit.run.gguf import Title, plan_target
 from quantkit.run.gguf_file import GgufFile
 from quantkit.run.gguf_source import GgufCheckpoint
 from quantkit.run.known import Known, known_importance
+from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantized import Dequantized, open_source
 from quantkit.run.table import Table
 
@@ -150,9 +153,29 @@ class Plan:
         return text
 
 
-def plan(recipe: Recipe, *, offline: bool = False, cache_dir: Path | None = None) -> Plan:
-    """Resolve a recipe against its source; raises for a broken source, collects all else as blockers."""
-    source = locate(recipe.source, offline=offline, cache_dir=cache_dir)
+def plan(
+    recipe: Recipe,
+    *,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    headers_only: bool = False,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Resolve a recipe against its source; raises for a broken source, collects all else as blockers.
+
+    headers_only  of a model of the Hub, weights are not downloaded unless a value of theirs is needed: such
+                  a plan shows everything and cannot be carried out
+    """
+    find = partial(locate, recipe.source, offline=offline, cache_dir=cache_dir, progress=progress)
+    if headers_only:
+        try:
+            return _planned(recipe, find(headers=True))
+        except NotDownloaded:  # some formats keep beside their codes what a plan has to know
+            pass
+    return _planned(recipe, find())
+
+
+def _planned(recipe: Recipe, source: Source) -> Plan:
     checkpoint = open_source(source.path)
     graph = build_graph(checkpoint)
     check_floats(source, checkpoint, graph)
@@ -198,14 +221,22 @@ def check_floats(source: Source, checkpoint: Checkpoint, graph: ModelGraph) -> N
             )
 
 
-def locate(source: str, *, offline: bool, cache_dir: Path | None) -> Source:
-    """A folder, a GGUF file, a Hub id, or `demo`, the embedded model; a folder of that name is `./demo`."""
+def locate(
+    source: str,
+    *,
+    offline: bool,
+    cache_dir: Path | None,
+    headers: bool = False,
+    progress: Progress = SILENT,
+) -> Source:
+    """A folder, a GGUF file, a Hub id, or `demo`, the embedded model; a folder of that name is `./demo`.
+
+    headers  of a model of the Hub, headers suffice: see `fetch.headers`
+    """
     if source == DEMO:
         return Source(resources.folder("demo-llama"), None, None, DEMO)
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return Source(path, None, None, source)
-    return fetch(source, offline=offline, cache_dir=cache_dir)
+    find = fetch.headers if headers else fetch.resolve
+    return find(source, offline=offline, cache_dir=cache_dir, progress=progress)
 
 
 def _count(parameters: int) -> str:

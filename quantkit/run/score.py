@@ -22,15 +22,8 @@ from torch import Tensor
 from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
 from quantkit.calibrate.tokens import EvalSet
 from quantkit.errors import SourceError, UnsupportedError, UsageError
-from quantkit.evaluate.scores import (
-    Perplexity,
-    Quality,
-    TokenScores,
-    beside_source,
-    perplexity,
-    quality,
-    source_nll,
-)
+from quantkit.evaluate.quality import Perplexity, Quality
+from quantkit.evaluate.scores import TokenScores, beside_source, perplexity, quality, source_nll
 from quantkit.hub.fetch import Source
 from quantkit.model.build import build_graph
 from quantkit.model.runtime import Runtime
@@ -137,7 +130,7 @@ def score(
     Raises UsageError when a model and the baseline do not share their tokens, UnsupportedError when a model
     runs in a way that cannot be emulated.
     """
-    where = partial(locate, offline=offline, cache_dir=cache_dir)
+    where = partial(locate, offline=offline, cache_dir=cache_dir, progress=progress)
     with ExitStack() as opened:
         work = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-eval-")))
         first = None
