@@ -188,6 +188,7 @@ class Files:
                 output=quantkit.Output(dir=str(out)),
                 calibration=quantkit.Calibration(imatrix=str(self._known)),
                 eval=quantkit.Eval(enabled=False),
+                engine_check=False,
             )
         )
         (found,) = out.glob("*/*.gguf")

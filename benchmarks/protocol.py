@@ -28,6 +28,7 @@ def recipe(
         output=quantkit.Output(dir=str(out)),
         calibration=calibration,
         eval=quantkit.Eval(perplexity=(evaluation,)),
+        engine_check=False,
     )
 
 

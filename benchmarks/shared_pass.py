@@ -42,6 +42,7 @@ def recipe(source: str, out: Path, *targets: str) -> quantkit.Recipe:
         eval=quantkit.Eval(
             perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=512, chunks=32),)
         ),
+        engine_check=False,
     )
 
 

@@ -184,6 +184,7 @@ def split(source: Path, target: str, calibration: quantkit.Calibration, batch_to
             calibration=calibration,
             device=quantkit.Device(batch_tokens=batch_tokens),
             eval=quantkit.Eval(enabled=False),
+            engine_check=False,
         )
         with metered() as meter:
             quantkit.convert(plan)

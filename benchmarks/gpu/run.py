@@ -84,6 +84,7 @@ def embedded(device: str, out: Path) -> quantkit.Recipe:
         device=quantkit.Device(map=device),
         calibration=quantkit.Calibration(set="embedded", rows=128, length=512),
         eval=quantkit.Eval(perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=512),)),
+        engine_check=False,
     )
 
 
@@ -97,6 +98,7 @@ def large(device: str, source: Path, out: Path, rows: int) -> quantkit.Recipe:
         eval=quantkit.Eval(
             perplexity=(quantkit.EvalText(data="embedded", style="gptq", context=2048, chunks=8),)
         ),
+        engine_check=False,
     )
 
 

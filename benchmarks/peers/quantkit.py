@@ -103,6 +103,7 @@ def make(job: Job) -> None:
                 output=Output(dir=str(job.out)),
                 calibration=calibration,
                 eval=Eval(enabled=False),
+                engine_check=False,
             )
         )
 

@@ -1,4 +1,4 @@
-"""`convert`: plan → sweep → export → verify → evaluate, for every target of a recipe at once."""
+"""`convert`: plan → sweep → evaluate → export → verify, for every target of a recipe at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from quantkit import __version__
 from quantkit.checkpoint.atomic import write_text
 from quantkit.errors import UsageError
-from quantkit.evaluate.scores import Perplexity, Quality
+from quantkit.evaluate.quality import Quality
+from quantkit.hub.manifest import Kept, Manifest
 from quantkit.model.runtime import Runtime
 from quantkit.recipe.dump import dump
 from quantkit.recipe.plan import TargetPlan, key_of
@@ -19,9 +20,12 @@ from quantkit.recipe.spec import Recipe
 from quantkit.run import budget
 from quantkit.run.advance import Streams
 from quantkit.run.ends import stages
+from quantkit.run.engine_check import check_target
 from quantkit.run.export import Exporter, free_or_ours, to_json_text
 from quantkit.run.files import parameters
+from quantkit.run.gguf_file import GgufFile
 from quantkit.run.gguf_source import tokenizer_folder
+from quantkit.run.manifest import kept_beside, kept_inside, origin, recipe_text, versions
 from quantkit.run.measure import measure
 from quantkit.run.plan import Plan, plan
 from quantkit.run.progress import SILENT, Progress
@@ -32,6 +36,8 @@ from quantkit.run.store import RunStore
 from quantkit.run.sweep import Sweep, SweepPlan
 
 STORE = ".quantkit"
+# Raised whenever what is measured changes, so that stores made before are measured again.
+SCORES_VERSION = 2
 
 
 def convert(
@@ -48,10 +54,11 @@ def convert(
     Running the same recipe again continues where an earlier run was killed, to identical bytes;
     `restart` does everything anew. When `stop` is set, the run ends after the next commit with
     Interrupted. Raises the errors of `quantkit.errors`; nothing half-written carries a final name.
-    A broken gate does not raise: the files are there, and `Report.broken_gates` names it.
+    A broken gate does not raise, nor an engine that does not agree: the files are there, and
+    `Report.broken_gates` and `Report.unsound` name it.
     """
     progress.step("plan", recipe.source)
-    made = plan(recipe, offline=offline, cache_dir=cache_dir)
+    made = plan(recipe, offline=offline, cache_dir=cache_dir, progress=progress)
     made.check()
     for warning in (*made.warnings, *(f"{t.name}: {note}" for t in made.targets for note in t.notes)):
         progress.warn(warning)
@@ -80,8 +87,10 @@ class _Run:
             length=made.length,
         )
         self._fingerprint = made.checkpoint.fingerprint()
+        self._origin = origin(made.source, made.checkpoint, made.graph, self._fingerprint)
         self._keys = {t.name: key_of(self._target_facts(t)) for t in made.targets}
-        measured = {**self._compute_facts(), "evaluation": [e.convention for e, _ in self._rows.evaluation]}
+        conventions = [e.convention for e, _ in self._rows.evaluation]
+        measured = {**self._compute_facts(), "scores": SCORES_VERSION, "evaluation": conventions}
         seen = None if self._rows.calibration is None else self._rows.calibration.sha256
         # what a target scores depends on neither the calibration rows nor its neighbours; streams do
         self._scores_key = key_of(measured)
@@ -112,9 +121,15 @@ class _Run:
                 key, files = self._keys[target.name], self._plan.files[target.name]
                 exporter.export(target, key, files, folders[target.name], facts)
         store.drop_streams()
-        report = self._finish(tuple(reports))
+        if self._recipe.engine_check:
+            for i, report in enumerate(reports):
+                folder, key = folders[report.name], manifest_keys[report.name]
+                self._progress.step("verify", f"{report.name} in its engine")
+                checks = check_target(folder, key, device=self._device.type, progress=self._progress)
+                reports[i] = dataclasses.replace(report, checks=checks)
+        finished = self._finish(tuple(reports))
         self._progress.finish()
-        return report
+        return finished
 
     def _sweep(self, store: RunStore, stop: Event) -> None:
         graph = self._plan.graph
@@ -184,34 +199,54 @@ class _Run:
             size_bytes=self._plan.files[target.name].total_bytes,
             bits_per_weight=self._plan.bits_per_weight(target),
             tensors=tuple(tensors),
-            quality=tuple(_quality(q) for q in final or ()),
+            quality=tuple(Quality.from_json(q) for q in final or ()),
         )
 
-    def _manifest(self, target: TargetPlan, report: TargetReport, key: str) -> dict[str, Any]:
-        source = self._plan.source
-        shown = dict(report.to_json())
-        del shown["tensors"], shown["folder"]
-        return {
-            "schema": "quantkit/target/1",
-            "quantkit": __version__,
-            "key": key,
-            "source": {
-                "id": source.name,
-                "revision": source.revision,
-                "fingerprint": self._fingerprint,
+    def _manifest(self, target: TargetPlan, report: TargetReport, key: str) -> Manifest:
+        asked = target.target
+        loads, notes = target.format.engines(target.facts)
+        return Manifest(
+            key=key,
+            quantkit=__version__,
+            name=target.name,
+            format=asked.format,
+            scheme=report.scheme,
+            method=report.method,
+            size_bytes=report.size_bytes,
+            bits_per_weight=report.bits_per_weight,
+            fallbacks=report.fallbacks,
+            source=self._origin,
+            quality=report.quality,
+            calibration=self._calibration_json() if target.calibrated else None,
+            made={
+                "options": dict(asked.options),
+                "feedback": asked.feedback,
+                "transforms": [dataclasses.asdict(transform) for transform in asked.transforms],
+                "kv_cache": asked.kv_cache,
+                "mix": dict(asked.mix),
+                "device": self._device.type,
+                "dtype": str(self._dtype).removeprefix("torch."),
             },
-            "calibration": self._calibration_json() if target.calibrated else None,
-            "options": dict(target.target.options),
-            "feedback": target.target.feedback,
-            "transforms": [dataclasses.asdict(transform) for transform in target.target.transforms],
-            "kv_cache": target.target.kv_cache,
-            **shown,
-        }
+            kept=self._kept(target),
+            engines=tuple(loads),
+            notes=(*target.notes, *notes),
+            recipe=recipe_text(self._recipe, asked, self._plan.source),
+            versions=versions(),
+        )
+
+    def _kept(self, target: TargetPlan) -> tuple[Kept, ...]:
+        files = self._plan.files[target.name]
+        if isinstance(files, GgufFile):
+            return kept_inside(files)
+        return kept_beside(target, self._plan.checkpoint, self._plan.graph)
 
     def _calibration_json(self) -> dict[str, Any] | None:
         """What a manifest says about what was known of inputs."""
         known = self._plan.known
-        return self._rows.calibration_json() if known is None else known.to_json()
+        if known is not None:
+            return known.to_json()
+        found = self._rows.calibration_json()
+        return None if found is None else {**found, "seed": self._recipe.calibration.seed}
 
     def _finish(self, targets: tuple[TargetReport, ...]) -> Report:
         checkpoint, graph = self._plan.checkpoint, self._plan.graph
@@ -223,11 +258,6 @@ class _Run:
         write_text(self.out / "report.json", to_json_text(report.to_json()))
         write_text(self.out / "recipe.resolved.yaml", dump(self._recipe))
         return report
-
-
-def _quality(found: Mapping[str, Any]) -> Quality:
-    nested = {name: Perplexity(**found[name]) for name in ("source", "target", "ratio")}
-    return Quality(**{**found, **nested})
 
 
 def only(recipe: Recipe, chosen: Sequence[str], skipped: Sequence[str]) -> Recipe:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from quantkit.checkpoint.atomic import PARTIAL, replace_dir, write_error, write_
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardedWriter, ShardPlan
 from quantkit.errors import CoverageError, UsageError, VerifyError
+from quantkit.hub.manifest import MANIFEST, FileSum, Manifest
+from quantkit.hub.side_files import cleaned, scrubbed_config
 from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
 from quantkit.run import gguf
@@ -30,8 +32,6 @@ from quantkit.run.gguf_file import GgufFile
 from quantkit.run.results import BlockResult, Results
 from quantkit.run.streams import sha256_file
 from quantkit.tensors import Affine, Codebook, Float, QuantizedLinear
-
-MANIFEST = "quantkit.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Exporter:
     store: Results
 
     def export(
-        self, target: Packing, key: str, files: ShardPlan | GgufFile, folder: Path, facts: Mapping[str, Any]
+        self, target: Packing, key: str, files: ShardPlan | GgufFile, folder: Path, manifest: Manifest
     ) -> None:
-        """Write `folder` for one target whose blocks are all committed.
+        """Write `folder` for one target whose blocks are all committed; the manifest lacks the sums of files.
 
-        facts is what the manifest says beside the file sums. Raises VerifyError when a file does not
+        Raises VerifyError when a file does not
         read back as the store's codes, CoverageError when a weight that should be quantized is not.
         """
         with building(folder, files.total_bytes) as partial:
@@ -56,7 +56,7 @@ class Exporter:
             else:
                 config = self.write(target, key, files, partial)
                 self._read_back(target, key, partial, config)
-            write_manifest(partial, facts)
+            write_manifest(partial, manifest)
 
     def write(self, target: Packing, key: str, shards: ShardPlan, folder: Path) -> Mapping[str, Any]:
         """Write weights, configuration and side files into `folder`; the quantization config."""
@@ -89,13 +89,13 @@ class Exporter:
         return self.store.load(key, block)
 
     def _side_files(self, target: Packing, folder: Path, config: Mapping[str, Any]) -> None:
-        model = {k: v for k, v in self.checkpoint.config.items() if k != "_name_or_path"}
+        model = scrubbed_config(self.checkpoint.config)
         write_text(folder / "config.json", to_json_text({**model, "quantization_config": dict(config)}))
         for name, content in target.format.side_files(config).items():
             write_text(folder / name, to_json_text(content))
         try:
             for file in self.checkpoint.extras():
-                shutil.copyfile(file, folder / file.name)
+                (folder / file.name).write_bytes(cleaned(file.name, file.read_bytes()))
         except OSError as error:
             raise write_error(error, folder, needed=0) from error
 
@@ -138,10 +138,10 @@ def building(folder: Path, needed: int) -> Iterator[Path]:
     replace_dir(partial, folder)
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write `quantkit.json`, last: `facts` and the sum of every file."""
-    sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
-    write_text(folder / MANIFEST, to_json_text({**facts, "files": sums}))
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `quantkit.json`, last: the manifest with the sum of every file."""
+    files = {p.name: FileSum(p.stat().st_size, sha256_file(p)) for p in sorted(folder.iterdir())}
+    write_text(folder / MANIFEST, to_json_text(replace(manifest, files=files).to_json()))
 
 
 def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:

@@ -14,11 +14,13 @@ from quantkit import __version__, registry
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardPlan, plan_shards
 from quantkit.errors import VerifyError
+from quantkit.hub.manifest import Kept
 from quantkit.model.graph import Block, ModelGraph, Weight
 from quantkit.protocols import Assigned, Format, FormatFacts
 from quantkit.recipe.spec import Output
 from quantkit.run.export import Exporter
 from quantkit.run.files import entries
+from quantkit.run.manifest import kept_beside
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, open_quantized
 from quantkit.run.regrid import regrid
 from quantkit.run.results import BlockResult
@@ -81,6 +83,9 @@ class PackedFolder:
 
     def scheme_name(self, key: str) -> str:
         return self.schemes[key].name
+
+    def kept(self) -> tuple[Kept, ...]:
+        return kept_beside(self, self.view, self.graph)
 
     def cache_names(self, block: Block) -> None:
         return None

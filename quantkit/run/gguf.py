@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.folder import is_terms
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CoverageError, UnsupportedError, VerifyError
 from quantkit.gguf import container, naming
@@ -18,6 +20,7 @@ from quantkit.gguf.blocks import TYPES, BlockType, pack
 from quantkit.gguf.mixes import MIXES, Mix
 from quantkit.gguf.vocabulary import reference, vocabulary
 from quantkit.gguf.vocabulary.identity import llama_encoder, same_ids
+from quantkit.hub.manifest import Kept
 from quantkit.model.graph import ModelGraph, Weight
 from quantkit.recipe.plan import TargetPlan
 from quantkit.recipe.spec import Output
@@ -25,6 +28,7 @@ from quantkit.run.ends import EMBED
 from quantkit.run.files import parameters
 from quantkit.run.gguf_file import GgufFile, Origin
 from quantkit.run.gguf_source import tokenizer_folder
+from quantkit.run.manifest import kept_inside
 from quantkit.run.quantized import QuantizedCheckpoint
 from quantkit.run.regrid import regrid
 from quantkit.run.results import BlockResult, Results
@@ -77,9 +81,14 @@ def _size(view: Checkpoint, graph: ModelGraph) -> naming.Size:
 def write(file: GgufFile, folder: Path, origin: Origin) -> None:
     """Write `file` into `folder`, read it back, and, where llama.cpp is installed, let it read texts.
 
+    The terms under which the source may be used lie beside it.
+
     VerifyError when llama.cpp makes other tokens of them than the source's tokenizer does.
     """
     file.write(folder, origin)
+    for terms in file.view.extras() if file.view.path.is_dir() else ():
+        if is_terms(terms.name):
+            shutil.copyfile(terms, folder / terms.name)
     encode = llama_encoder(folder / file.names[0])
     if encode is None:
         return
@@ -201,6 +210,9 @@ class Moved:
 
     def engines(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return ("llama.cpp", "transformers"), self.planned.model.notes()
+
+    def kept(self) -> tuple[Kept, ...]:
+        return kept_inside(self.planned)
 
     def write(self, folder: Path) -> None:
         write(self.planned, folder, self)

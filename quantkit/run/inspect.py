@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,9 +13,9 @@ from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UnsupportedError
 from quantkit.gguf.container import Opened, open_file
+from quantkit.hub.manifest import Manifest, find_manifest
 from quantkit.recipe.sizes import format_size
 from quantkit.run.dialects import find_config, method_of, writer
-from quantkit.run.export import MANIFEST
 from quantkit.run.gguf_source import find_gguf
 from quantkit.run.gguf_source.facts import GgufFacts
 from quantkit.run.plan import architecture
@@ -50,7 +49,7 @@ class Inspection:
     architecture: str
     quantization: dict[str, Any] | None
     kinds: tuple[Kind, ...]
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     tied: bool
     writer: str | None = None
     traits: tuple[str, ...] = ()
@@ -76,7 +75,7 @@ class Inspection:
                 {"kind": k.name, "tensors": k.tensors, "parameters": k.parameters, "size_bytes": k.size_bytes}
                 for k in self.kinds
             ],
-            "quantkit": self.manifest,
+            "quantkit": None if self.manifest is None else self.manifest.to_json(),
             **({} if self.gguf is None else {"gguf": self.gguf.to_json()}),
         }
 
@@ -99,26 +98,25 @@ class Inspection:
             return own if self.quantization is None else self._foreign()
         return [*own, *self._ours(self.manifest)]
 
-    def _ours(self, m: dict[str, Any]) -> list[str]:
+    def _ours(self, m: Manifest) -> list[str]:
         """Notes on what quantkit made."""
-        repacked = m.get("repacked")
-        if repacked is not None:
-            notes = [f"repacked by quantkit {m['quantkit']} from {repacked['source']}, every value the same"]
-            if m["method"] == "unknown":
+        if m.repacked is not None:
+            notes = [f"repacked by quantkit {m.quantkit} from {m.repacked['source']}, every value the same"]
+            if m.method == "unknown":
                 return notes
         else:
-            notes = [f"made by quantkit {m['quantkit']}"]
-        notes.append(f"quantized from {m['source']['id']} with {', '.join(_means(m))}")
-        c = m.get("calibration") or {}
+            notes = [f"made by quantkit {m.quantkit}"]
+        notes.append(f"quantized from {m.source.id} with {', '.join(_means(m))}")
+        c = m.calibration or {}
         if "imatrix" in c:
             notes.append(f"importance of inputs from {c['imatrix']} ({', '.join(c['datasets'])})")
         elif c:
             names = ", ".join(share["name"] for share in c["sources"])
             notes.append(f"calibrated on {c['rows']:,} × {c['length']:,} tokens of {names}")
-        for q in m.get("quality", ()):
+        for q in m.quality:
             notes.append(
-                f"perplexity {q['target']['value']:.3f} (source {q['source']['value']:.3f}), mean KL "
-                f"{q['kl_mean']:.5f}, same top-1 {100 * q['top1_agreement']:.2f} % on {q['convention']}"
+                f"perplexity {q.target.value:.3f} (source {q.source.value:.3f}), mean KL "
+                f"{q.kl_mean:.5f}, same top-1 {100 * q.top1_agreement:.2f} % on {q.convention}"
             )
         return notes
 
@@ -134,13 +132,14 @@ class Inspection:
         return notes
 
 
-def _means(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _means(manifest: Manifest) -> Iterator[str]:
     """What a manifest says the codes were chosen with."""
-    options = ", ".join(f"{name}={value}" for name, value in manifest["options"].items())
-    yield f"{manifest['method']} ({options})"
-    yield from (transform["name"] for transform in manifest.get("transforms", ()))
-    if manifest.get("kv_cache"):
-        yield f"scales for a cache in {manifest['kv_cache']}"
+    made = manifest.made
+    options = ", ".join(f"{name}={value}" for name, value in made["options"].items())
+    yield f"{manifest.method} ({options})"
+    yield from (transform["name"] for transform in made["transforms"])
+    if made["kv_cache"]:
+        yield f"scales for a cache in {made['kv_cache']}"
 
 
 def inspect(path: Path) -> Inspection:
@@ -162,7 +161,7 @@ def inspect(path: Path) -> Inspection:
         architecture=architecture(checkpoint),
         quantization=None if stated is None else dict(stated),
         kinds=tuple(_kinds(checkpoint, quantized)),
-        manifest=_manifest(path),
+        manifest=find_manifest(path),
         tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
         writer=None if stated is None else writer(stated, _metadata(checkpoint)),
         traits=() if quantized is None else tuple(_traits(quantized)),
@@ -178,24 +177,15 @@ def _inspect_gguf(path: Path, opened: Opened) -> Inspection:
         tensors[kind] += 1
         parameters[kind] += math.prod(stored.shape)
         sizes[kind] += stored.nbytes
-    manifest = _manifest(path if path.is_dir() else path.parent)
-    ours = manifest is not None and any(file.name in manifest.get("files", ()) for file in opened.paths)
     return Inspection(
         path=path.resolve(),
         architecture=facts.model or facts.architecture,
         quantization=None,
         kinds=tuple(Kind(kind, tensors[kind], parameters[kind], sizes[kind]) for kind in tensors),
-        manifest=manifest if ours else None,
+        manifest=find_manifest(opened.paths[0].parent, opened.paths[0].name),
         tied="token_embd.weight" in opened.tensors and "output.weight" not in opened.tensors,
         gguf=facts,
     )
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """What quantkit wrote into a folder."""
-    file = folder / MANIFEST
-    found: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    return found
 
 
 def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:

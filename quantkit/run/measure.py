@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.tokens import EvalSet
-from quantkit.evaluate.scores import Quality, TokenScores, beside_source, quality, source_nll
+from quantkit.evaluate.quality import Quality
+from quantkit.evaluate.scores import TokenScores, beside_source, quality, source_nll
 from quantkit.model.runtime import Runtime
 from quantkit.run.advance import Streams
 from quantkit.run.ends import Ends

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import VerifyError
+from quantkit.hub.manifest import Kept
 from quantkit.model.graph import ModelGraph
 from quantkit.run.quantized import QuantizedCheckpoint
 from quantkit.tensors import dequantize, shape
@@ -33,6 +34,10 @@ class Made(Protocol):
 
     def engines(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(what loads the result, notes)."""
+        ...
+
+    def kept(self) -> tuple[Kept, ...]:
+        """What stays floats."""
         ...
 
     def write(self, folder: Path) -> None: ...

@@ -6,25 +6,27 @@ multiplied out and compared with the old one, bit for bit; only then does the fo
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RecipeError, UnsupportedError, UsageError
+from quantkit.hub.fetch import Source
+from quantkit.hub.manifest import Manifest, find_manifest, read_manifest
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
 from quantkit.recipe.plan import key_of
 from quantkit.recipe.plugins import format_info
 from quantkit.recipe.sizes import format_size
-from quantkit.run.export import MANIFEST, building, free_or_ours, write_manifest
+from quantkit.run.export import building, free_or_ours, write_manifest
 from quantkit.run.files import parameters
 from quantkit.run.folder import PackedFolder
 from quantkit.run.gguf import Moved, block_type
+from quantkit.run.manifest import origin, versions
 from quantkit.run.progress import SILENT, Progress
 from quantkit.run.proof import Made, Proof, prove
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized
@@ -125,15 +127,14 @@ def repack(
     folder = output if output is not None else _beside(source, to)
     key = key_of({"repack": made.name, "source": view.fingerprint(), "quantkit": __version__})
     if free_or_ours(folder, on_exists, key):
-        return Repacked.from_json(_known(folder)["repacked"], folder)
+        return Repacked.from_json(read_manifest(folder).repacked or {}, folder)
     with building(folder, made.size_bytes) as partial:
         progress.step("export", made.name)
         made.write(partial)
         progress.step("verify", made.name)
         proof = prove(quantized, view, graph, made.values(partial))
         result = _result(source, folder, view, found, made, proof)
-        manifest = _manifest(view, result, key, made.size_bytes * 8 / parameters(view, graph))
-        write_manifest(partial, {**manifest, "repacked": result.to_json()})
+        write_manifest(partial, _manifest(view, graph, made, result, key))
     progress.finish()
     return result
 
@@ -143,16 +144,16 @@ def _plan(
 ) -> Made:
     """What will be made; everything that stands in the way is raised here, before anything is written."""
     wanted, _, preset = to.strip().lower().partition(":")
-    known = _known(view.path)
+    known = find_manifest(view.path)
     if wanted == GGUF:
-        title = str(known.get("source", {}).get("id", view.path.resolve().name)).rpartition("/")[2]
+        title = (view.path.resolve().name if known is None else known.source.id).rpartition("/")[2]
         return Moved.plan(source, view, graph, block_type(preset or "q4_0"), title)
     try:
         info = format_info(wanted)
     except RecipeError as error:
         raise RecipeError(error.message, remedy=error.remedy) from None
     schemes = schemes_for(source, found, info.name, view.dtype, info.parse(preset) if preset else None)
-    method, act_order = str(known.get("method", "unknown")), any(f.column_groups for f in found)
+    method, act_order = "unknown" if known is None else known.method, any(f.column_groups for f in found)
     return PackedFolder.plan(info.name, source, view, graph, schemes, method=method, act_order=act_order)
 
 
@@ -196,36 +197,43 @@ def _beside(source: Path, to: str) -> Path:
     return path.with_name(f"{path.name}-{to.strip().lower().replace(':', '-')}")
 
 
-def _known(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that quantkit made, else nothing."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(manifest.read_text("utf-8"))
-    return found
-
-
-def _manifest(view: Dequantized, result: Repacked, key: str, bits: float) -> dict[str, Any]:
+def _manifest(view: Dequantized, graph: ModelGraph, made: Made, result: Repacked, key: str) -> Manifest:
     """That of the source where there is one: the values are the same, so is what was measured."""
-    unknown: dict[str, Any] = {
-        "source": {"id": result.source, "revision": None, "fingerprint": view.fingerprint()},
-        "calibration": None,
-        "options": {},
-        "feedback": False,
-        "transforms": [],
-        "kv_cache": None,
-        "method": "unknown",
-        "fallbacks": 0,
-        "quality": [],
-    }
-    known = _known(view.path)
-    return {
-        "schema": "quantkit/target/1",
-        "quantkit": __version__,
-        "key": key,
-        **{name: known.get(name, value) for name, value in unknown.items()},
-        "name": result.target,
-        "scheme": result.target.partition("-")[2],
-        "size_bytes": result.size_bytes,
-        "bits_per_weight": bits,
-    }
+    bits = made.size_bytes * 8 / parameters(view, graph)
+    known = find_manifest(view.path)
+    if known is None:
+        source = Source(view.path, None, None, str(view.path))
+        known = Manifest(
+            key=key,
+            quantkit=__version__,
+            name=result.target,
+            format="",
+            scheme="",
+            method="unknown",
+            size_bytes=0,
+            bits_per_weight=0,
+            fallbacks=0,
+            source=origin(source, view, graph, view.fingerprint()),
+            quality=(),
+            calibration=None,
+            made={"options": {}, "feedback": False, "transforms": [], "kv_cache": None, "mix": {}},
+            kept=(),
+            engines=(),
+            notes=(),
+            recipe="",
+            versions=versions(),
+        )
+    return replace(
+        known,
+        key=key,
+        quantkit=__version__,
+        name=result.target,
+        format=result.target.partition("-")[0],
+        scheme=result.target.partition("-")[2],
+        size_bytes=made.size_bytes,
+        bits_per_weight=bits,
+        kept=made.kept(),
+        engines=result.loads,
+        notes=result.notes,
+        repacked=result.to_json(),
+    )

@@ -1,7 +1,7 @@
 """`Report`: what a run made and what it measured. JSON first; tables are views.
 
-Nothing in it depends on the clock or the machine's paths, so a run that was killed and continued
-writes the same bytes.
+Nothing in it depends on the clock or the machine's paths, so a run that was killed and continued writes the
+same bytes; what engines made of the files is told, and kept in `checks.json` beside them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.evaluate.scores import Quality
+from quantkit.evaluate.quality import Quality
+from quantkit.hub.manifest import Check
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import Gates
 from quantkit.run.quantize import TensorMetrics
@@ -18,7 +19,7 @@ from quantkit.run.table import Table
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
-    """One target: where it is, how large, how good."""
+    """One target: where it is, how large, how good, and what engines made of it."""
 
     name: str
     folder: str
@@ -28,6 +29,7 @@ class TargetReport:
     bits_per_weight: float
     tensors: tuple[TensorMetrics, ...]
     quality: tuple[Quality, ...]
+    checks: tuple[Check, ...] = ()
 
     @property
     def outliers(self) -> tuple[int, int] | None:
@@ -83,10 +85,20 @@ class Report:
                         )
         return tuple(broken)
 
+    @property
+    def unsound(self) -> tuple[str, ...]:
+        """Every target that its engine does not load, or computes something else from."""
+        return tuple(
+            f"{target.name}: {check.engine} {check.version}: {check.problem}"
+            for target in self.targets
+            for check in target.checks
+            if check.problem is not None
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": "quantkit/convert/1",
-            "status": "gates-failed" if self.broken_gates else "ok",
+            "status": "unsound" if self.unsound else "gates-failed" if self.broken_gates else "ok",
             "broken_gates": list(self.broken_gates),
             "source": {
                 "id": self.source,
@@ -115,7 +127,9 @@ class Report:
             for quality in target.quality:
                 rows.append((*head, *_cells(quality)))
         columns = ("target", "method", "size", "bpw", "perplexity", "vs source", "mean KL", "same top-1")
-        return Table("result", columns, tuple(rows), tuple(self._notes()), self.broken_gates)
+        return Table(
+            "result", columns, tuple(rows), tuple(self._notes()), (*self.unsound, *self.broken_gates)
+        )
 
     def _notes(self) -> list[str]:
         notes = []
@@ -133,6 +147,12 @@ class Report:
                     f"{target.name}: calibration saw {columns:,} outlier columns in {sites:,} weights, which "
                     "LLM.int8 computes in 16 bit"
                 )
+            for check in target.checks:
+                if check.kl_mean is not None and check.problem is None:
+                    notes.append(
+                        f"{target.name}: loaded by {check.engine} {check.version}, which computes the same: "
+                        f"KL {check.kl_mean:.1e} over {check.tokens:,} tokens"
+                    )
             if any(q.ratio.value < 1 - 2 * q.ratio.error for q in target.quality):
                 notes.append(
                     f"{target.name}: perplexity lies below the source's: the calibration text resembles the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint, first_nonfinite
+from quantkit.hub.manifest import Check
+from quantkit.recipe.sizes import format_size
 from quantkit.run.table import Table
 from quantkit.tensors import Affine, Codebook, Float, Lattice, QuantizedLinear, QuantizedTensor
 
@@ -35,6 +37,7 @@ class Verification:
     problems     what is wrong
     notes        what could not be looked at, and what explains a difference
     differences  quantized weights beside the source's, when there was one
+    engines      what engines make of the files
     """
 
     path: Path
@@ -42,6 +45,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
+    engines: list[Check] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -59,6 +63,7 @@ class Verification:
             "checks": dict(self.checks),
             "problems": list(self.problems),
             "notes": list(self.notes),
+            "engines": [asdict(check) for check in self.engines],
             "differences": [{"name": d.name, "error": d.error} for d in self.differences],
         }
 
@@ -66,7 +71,7 @@ class Verification:
         count = len(self.problems)
         verdict = "sound" if self.sound else f"{count:,} problem{'s' if count > 1 else ''}"
         title = f"{self.path.resolve().name} · {verdict}"
-        rows = tuple(self.checks.items())
+        rows = (*self.checks.items(), *((check.engine, engine_line(check)) for check in self.engines))
         tables = [Table(title, ("check", "found"), rows, tuple(self.notes), tuple(self.problems))]
         if self.differences:
             mean = sum(d.error for d in self.differences) / len(self.differences)
@@ -76,6 +81,19 @@ class Verification:
             )
             tables.append(Table(title, ("largest", "‖Ŵ − W‖ / ‖W‖"), shown))
         return tables
+
+
+def engine_line(check: Check) -> str:
+    """What an engine makes of the files, in one line."""
+    parts = [check.version]
+    if check.kl_mean is not None and check.top1_agreement is not None:
+        parts.append(f"{check.tokens:,} tokens beside quantkit's own reading: KL {check.kl_mean:.2g}")
+        parts.append(f"same top-1 {check.top1_agreement:.1%}")
+    elif check.problem is None:
+        parts.append(f"{check.tokens:,} tokens, all finite")
+    if check.peak_bytes is not None:
+        parts.append(f"{format_size(check.peak_bytes)} of memory")
+    return "; ".join([*parts, *([] if check.problem is None else ["wrong"])])
 
 
 def floats_of(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:

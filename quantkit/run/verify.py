@@ -1,26 +1,28 @@
-"""`verify`: whether the files of a checkpoint are whole, and mean what their config says.
+"""`verify`: whether the files of a checkpoint are whole, mean what their config says, and run.
 
-One tensor is in memory at a time. What is wrong becomes a problem with the name of the tensor; what only
-limits the look that was taken becomes a note.
+One tensor is in memory at a time, but for the engine, which has a process of its own. What is wrong becomes a
+problem with the name of the tensor; what only limits the look that was taken becomes a note.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 from quantkit.checkpoint import folder
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
+from quantkit.hub.manifest import MANIFEST
 from quantkit.model.build import build_graph
-from quantkit.run.export import MANIFEST
+from quantkit.run.coverage_check import check_folder_coverage
+from quantkit.run.engine_check import check_engine
+from quantkit.run.file_sums import check_sums
 from quantkit.run.gguf_source import find_gguf
 from quantkit.run.gguf_source.verify import check_gguf
 from quantkit.run.plan import locate
 from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized, open_source
-from quantkit.run.streams import sha256_file
+from quantkit.run.tokenizer_check import check_tokenizer
 from quantkit.run.verification import Verification, compare, compare_rest, floats_of, nonfinite
 from quantkit.tensors import dequantize
 
@@ -29,11 +31,17 @@ def verify(
     path: Path,
     *,
     against: str | None = None,
+    engine: bool = True,
+    device: str = "cpu",
     offline: bool = False,
     cache_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> Verification:
-    """Look at every byte of a checkpoint folder or GGUF file; `against` is the source it was made from.
+    """Look at every byte of a checkpoint folder or GGUF file, then load and run it in the engine it is for.
+
+    against  the source it was made from, to compare with
+    engine   False: only the files are looked at; damaged ones are given to no engine either
+    device   where the engine runs, but for llama.cpp, which always runs on the CPU
 
     A damaged checkpoint is no error here: see `Verification.problems`. SourceError when `path` is neither, or
     the source cannot be opened.
@@ -44,16 +52,30 @@ def verify(
     source = None
     if against is not None:
         progress.step("open", against)
-        source = open_source(locate(against, offline=offline, cache_dir=cache_dir).path)
+        source = open_source(locate(against, offline=offline, cache_dir=cache_dir, progress=progress).path)
     report = Verification(path)
     progress.step("verify", "sums of the files")
-    _check_sums(report)
+    check_sums(report, file)
     if file is not None:
         check_gguf(report, file, source, progress)
     else:
         _check_folder(report, source, progress)
+    if engine and report.sound:
+        _check_engine(report, device, progress)
+    elif engine:
+        report.notes.append("no engine was run: it is not for damaged files")
     progress.finish()
     return report
+
+
+def _check_engine(report: Verification, device: str, progress: Progress) -> None:
+    """The engine computes what quantkit reads in the files."""
+    looked = check_engine(report.path, device=device, progress=progress)
+    report.engines += looked.checks
+    report.notes += looked.notes
+    report.problems += [
+        f"{c.engine} {c.version}: {c.problem}" for c in looked.checks if c.problem is not None
+    ]
 
 
 def _check_folder(report: Verification, source: Checkpoint | None, progress: Progress) -> None:
@@ -73,32 +95,11 @@ def _check_folder(report: Verification, source: Checkpoint | None, progress: Pro
     _check_names(report, view)
     progress.step("verify", f"{len(checkpoint.tensors):,} tensors")
     _check_values(report, checkpoint, quantized, source)
+    parts = quantized.parts if quantized is not None else {}
+    check_folder_coverage(report, checkpoint.tensors, parts)
     if source is not None:
-        compare_rest(report, view, source, quantized.parts if quantized is not None else {})
-
-
-def _check_sums(report: Verification) -> None:
-    """Sizes and sha256 of the files that quantkit.json lists."""
-    folder = report.path if report.path.is_dir() else report.path.parent
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        report.notes.append("no quantkit.json: the sums of the files are not known")
-        return
-    try:
-        files = json.loads(manifest.read_text("utf-8"))["files"]
-        listed = {str(name): (int(sums["bytes"]), str(sums["sha256"])) for name, sums in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        report.problems.append(f"`{manifest}` is not what quantkit writes: {error!r}")
-        return
-    for name, (size, digest) in listed.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            report.problems.append(f"`{name}` is missing")
-        elif file.stat().st_size != size:
-            report.problems.append(f"`{name}` has {file.stat().st_size:,} bytes; {size:,} were written")
-        elif sha256_file(file) != digest:
-            report.problems.append(f"`{name}` changed since it was written: its sha256 is another")
-    report.checks["sums"] = f"{len(listed):,} files of quantkit.json"
+        compare_rest(report, view, source, parts)
+    check_tokenizer(report, view, source, ours=(path / MANIFEST).is_file())
 
 
 def _check_names(report: Verification, view: Checkpoint) -> None:

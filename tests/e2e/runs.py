@@ -18,6 +18,7 @@ def recipe(
         output=Output(dir=str(out), on_exists=on_exists),
         calibration=Calibration(file=str(calibration), rows=8, length=32),
         eval=Eval(perplexity=(EvalText(file=str(evaluation), style="gptq", context=32, chunks=8),)),
+        engine_check=False,
     )
 
 

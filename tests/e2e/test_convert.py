@@ -267,6 +267,7 @@ def test_a_failed_gate_keeps_the_files(
         output=made.output,
         calibration=made.calibration,
         eval=strict,
+        engine_check=False,
     )
     report = quantkit.convert(gated)
     assert len(report.broken_gates) == 1 and report.to_json()["status"] == "gates-failed"

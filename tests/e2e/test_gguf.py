@@ -98,7 +98,7 @@ def test_files_are_there_as_planned(made: tuple[Path, Recipe, Report]) -> None:
         size = (out / folder / f"{stem}.gguf").stat().st_size
         assert size == sizes[folder] == manifest["size_bytes"]
         assert list(manifest["files"]) == [f"{stem}.gguf"]
-        assert quantkit.verify(out / folder).problems == []
+        assert quantkit.verify(out / folder, engine=False).problems == []
 
 
 def test_types_by_rules_of_the_preset(made: tuple[Path, Recipe, Report]) -> None:

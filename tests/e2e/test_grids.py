@@ -131,7 +131,9 @@ def test_scales_of_inputs_and_caches_are_in_the_files(
             assert 0 < float(found[name]) < 1
     smooth = made[0] / SMOOTH
     manifest = json.loads((smooth / "quantkit.json").read_text())
-    assert manifest["kv_cache"] == "int8" and manifest["transforms"][0]["name"] == "smoothquant"
+    assert (
+        manifest["made"]["kv_cache"] == "int8" and manifest["made"]["transforms"][0]["name"] == "smoothquant"
+    )
     config = json.loads((smooth / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"]["type"] == "int"
     qkv = [f"model.layers.0.self_attn.{r}_proj.input_scale" for r in ("q", "k", "v")]

@@ -25,7 +25,7 @@ def test_a_result_of_ours(
     assert quantized.parameters is not None and kinds["F32"].parameters is not None
     assert quantized.parameters + kinds["F32"].parameters == source["F32"].parameters
     assert found.manifest is not None
-    assert found.manifest["quality"][0]["kl_mean"] == report.targets[0].quality[0].kl_mean
+    assert found.manifest.quality[0].kl_mean == report.targets[0].quality[0].kl_mean
     assert any("perplexity" in note for note in found.table().notes)
     assert json.dumps(found.to_json())
 

@@ -98,6 +98,7 @@ def recipe_of(source: Source, out: Path, targets: Sequence[str], rules: Sequence
             perplexity=(EvalText(file=str(source.text), style="gptq", context=CONTEXT, chunks=WINDOWS),)
         ),
         rules=tuple(rules),
+        engine_check=False,
     )
 
 

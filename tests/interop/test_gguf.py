@@ -57,6 +57,7 @@ def recipe(out: Path, *targets: str, **changes: Any) -> Recipe:
         "output": quantkit.Output(dir=str(out)),
         "calibration": quantkit.Calibration(set="embedded", rows=8, length=CONTEXT),
         "eval": quantkit.Eval(perplexity=(TEXT,)),
+        "engine_check": False,
     }
     return Recipe(**{**given, **changes})
 

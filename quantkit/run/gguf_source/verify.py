@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.calibrate.tokenizer import load_tokenizer
+from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError, VerifyError
 from quantkit.gguf.blocks import unpack
 from quantkit.gguf.container import Opened, open_file
 from quantkit.gguf.types import TYPES
 from quantkit.gguf.vocabulary.identity import llama_encoder, same_ids
+from quantkit.hub.manifest import MANIFEST
+from quantkit.run.coverage_check import check_gguf_coverage
 from quantkit.run.gguf_source.opening import open_gguf, tokenizer_folder
 from quantkit.run.gguf_source.view import FLOATS, GgufCheckpoint
 from quantkit.run.progress import Progress
+from quantkit.run.tokenizer_check import check_template
 from quantkit.run.verification import Verification, compare, compare_rest, floats_of, nonfinite
 from quantkit.tensors import QuantizedLinear
 
@@ -29,6 +32,7 @@ def check_gguf(report: Verification, file: Path, source: Checkpoint | None, prog
     report.checks["headers"] = f"{len(opened.tensors):,} tensors, {size:,} bytes"
     progress.step("verify", f"{len(opened.tensors):,} tensors")
     finite = _check_stored(report, opened)
+    check_gguf_coverage(report, opened)
     view = _opened(report, file, source)
     if view is None:
         return
@@ -82,6 +86,7 @@ def _check_tokens(report: Verification, view: GgufCheckpoint, source: Checkpoint
     except (SourceError, UnsupportedError) as error:
         report.notes.append(f"tokens were not compared: {error.message}")
         return
+    _check_template(report, view, tokenizer)
     if encode is None:
         report.notes.append("tokens were not compared: llama-cpp-python is not installed")
         return
@@ -91,3 +96,12 @@ def _check_tokens(report: Verification, view: GgufCheckpoint, source: Checkpoint
     what = "the source" if source is not None else "its tokens as Transformers reads them"
     apart = f"; {edges} texts around special tokens differ" if edges else ""
     report.checks["tokens"] = f"llama.cpp against {what}{apart}"
+
+
+def _check_template(report: Verification, view: GgufCheckpoint, tokenizer: Tokenizer) -> None:
+    """The chat template renders, and is that of the tokenizer: of the source, or of the file itself."""
+    ours = (view.path.parent / MANIFEST).is_file()
+    check_template(report, tokenizer, ours=ours)
+    template = view.opened.metadata.get("tokenizer.chat_template")
+    if isinstance(tokenizer.chat_template, str) and template != tokenizer.chat_template:
+        (report.problems if ours else report.notes).append("its chat template is not that of the source")

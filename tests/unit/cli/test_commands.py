@@ -24,6 +24,7 @@ class Library:
 
     blockers: tuple[str, ...] = ()
     broken_gates: tuple[str, ...] = ()
+    unsound: tuple[str, ...] = ()
     error: Exception | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -50,6 +51,7 @@ class Library:
             to_json=lambda: {"targets": []},
             targets=targets,
             broken_gates=self.broken_gates,
+            unsound=self.unsound,
         )
 
 
@@ -101,6 +103,15 @@ def test_convert(quantkit: Callable[..., Any], library: Library) -> None:
     assert json.loads(both.out)["schema"] == "quantkit/convert/1"
     events = [json.loads(line)["event"] for line in both.err.splitlines() if line.startswith("{")]
     assert events == ["step", "warning", "finish"]
+
+
+def test_an_engine_that_does_not_agree_shows_the_results(
+    quantkit: Callable[..., Any], library: Library
+) -> None:
+    library.unsound = ("gptq-w4g128: transformers 5: it does not load",)
+    shown = quantkit("convert", "x", "--to", "gptq")
+    assert shown.code == 1
+    assert shown.out.startswith("the result\n") and "they are kept" in shown.err
 
 
 def test_a_failed_gate_shows_the_results(quantkit: Callable[..., Any], library: Library) -> None:
@@ -176,7 +187,7 @@ def test_doctor(quantkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
 def test_inspect_of_nothing(quantkit: Callable[..., Any]) -> None:
     shown = quantkit("inspect", "nowhere")
     assert shown.code == 2
-    assert "no folder `nowhere`" in shown.err
+    assert "'nowhere' is neither a folder nor a repo id" in shown.err
 
 
 def test_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,13 +35,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         module = ModuleType(f"quantkit.run.{name}")
         vars(module)[name] = function
         monkeypatch.setitem(sys.modules, f"quantkit.run.{name}", module)
+    monkeypatch.setattr(
+        "quantkit.run.plan.locate", lambda name, **_: SimpleNamespace(path=Path(name), id=None)
+    )
     return seen
 
 
 def test_verify(quantkit: Callable[..., Any], calls: list[dict[str, Any]]) -> None:
     shown = quantkit("verify", "good", "--against", "org/name", "--offline")
     assert (shown.code, shown.out) == (0, "good\n")
-    assert calls == [{"folder": Path("good"), "against": "org/name", "offline": True, "cache_dir": None}]
+    how = {"against": "org/name", "engine": True, "offline": True, "cache_dir": None}
+    assert calls == [{"folder": Path("good"), **how}]
+    quantkit("verify", "good", "--no-engine")
+    assert calls[-1]["engine"] is False
     assert quantkit("verify", "good", "-q").out == "good\n"
 
 

@@ -73,7 +73,7 @@ def test_first_screen(quantkit: Callable[..., Any]) -> None:
     shown = quantkit("--help")
     assert shown.code == 0
     assert len(shown.out.splitlines()) < 30
-    for word in ("Examples:", "Make:", "Look:", "Help:", *main_module.EXAMPLES):
+    for word in ("Examples:", "Make:", "Look:", "Share:", *main_module.EXAMPLES):
         assert word in shown.out
     bare = quantkit()
     assert (bare.code, bare.out) == (0, shown.out)

@@ -1,0 +1,12 @@
+"""Engines that run what quantkit writes, each in a process of its own; see `process.ask`.
+
+One module per engine, named as `request.Engine` says. It is imported by the worker alone, and has
+
+    begin(request) -> str       import what the engine needs; its versions
+    logits(request) -> array    load the model and run it: (tokens, vocabulary) fp32
+"""
+
+from quantkit.evaluate.engines.process import ask
+from quantkit.evaluate.engines.request import Answer, Engine, Request, Stage, names
+
+__all__ = ["Answer", "Engine", "Request", "Stage", "ask", "names"]
