@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit import __version__
 from quantkit.checkpoint.atomic import write_text
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate.quality import Quality
 from quantkit.hub.manifest import Kept, Manifest
 from quantkit.model.runtime import Runtime
@@ -34,6 +34,7 @@ from quantkit.run.report import Report, TargetReport
 from quantkit.run.rows import build_rows
 from quantkit.run.store import RunStore
 from quantkit.run.sweep import Sweep, SweepPlan
+from quantkit.run.verify import verify_files
 
 STORE = ".quantkit"
 # Raised whenever what is measured changes, so that stores made before are measured again.
@@ -117,9 +118,9 @@ class _Run:
             reports.append(self._target_report(target, store, finals[target.name]))
             if not whole[target.name]:
                 self._progress.step("export", target.name)
-                facts = self._manifest(target, reports[-1], manifest_keys[target.name])
+                manifest = self._manifest(target, reports[-1], manifest_keys[target.name])
                 key, files = self._keys[target.name], self._plan.files[target.name]
-                exporter.export(target, key, files, folders[target.name], facts)
+                exporter.export(target, key, files, folders[target.name], manifest, self._verify)
         store.drop_streams()
         if self._recipe.engine_check:
             for i, report in enumerate(reports):
@@ -130,6 +131,15 @@ class _Run:
         finished = self._finish(tuple(reports))
         self._progress.finish()
         return finished
+
+    def _verify(self, folder: Path) -> None:
+        """VerifyError unless the files of a target are whole and have the tokens of the source."""
+        found = verify_files(folder, tokens_of=self._plan.checkpoint, progress=self._progress)
+        if not found.sound:
+            raise VerifyError(
+                "\n  ".join((f"`{folder.name}` is not sound:", *found.problems)),
+                remedy="run again, and report it if it happens again",
+            )
 
     def _sweep(self, store: RunStore, stop: Event) -> None:
         graph = self._plan.graph

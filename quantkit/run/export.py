@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -43,9 +43,17 @@ class Exporter:
     store: Results
 
     def export(
-        self, target: Packing, key: str, files: ShardPlan | GgufFile, folder: Path, manifest: Manifest
+        self,
+        target: Packing,
+        key: str,
+        files: ShardPlan | GgufFile,
+        folder: Path,
+        manifest: Manifest,
+        check: Callable[[Path], None],
     ) -> None:
         """Write `folder` for one target whose blocks are all committed; the manifest lacks the sums of files.
+
+        `check` looks at the folder once all is written, and raises to keep it from getting its name.
 
         Raises VerifyError when a file does not
         read back as the store's codes, CoverageError when a weight that should be quantized is not.
@@ -57,6 +65,7 @@ class Exporter:
                 config = self.write(target, key, files, partial)
                 self._read_back(target, key, partial, config)
             write_manifest(partial, manifest)
+            check(partial)
 
     def write(self, target: Packing, key: str, shards: ShardPlan, folder: Path) -> Mapping[str, Any]:
         """Write weights, configuration and side files into `folder`; the quantization config."""

@@ -46,25 +46,41 @@ def verify(
     A damaged checkpoint is no error here: see `Verification.problems`. SourceError when `path` is neither, or
     the source cannot be opened.
     """
-    file = find_gguf(path)
-    if file is None:
+    if find_gguf(path) is None:
         folder.check_folder(path)
     source = None
     if against is not None:
         progress.step("open", against)
         source = open_source(locate(against, offline=offline, cache_dir=cache_dir, progress=progress).path)
+    report = verify_files(path, source, progress=progress)
+    if engine and report.sound:
+        _check_engine(report, device, progress)
+    elif engine:
+        report.notes.append("no engine was run: it is not for damaged files")
+    progress.finish()
+    return report
+
+
+def verify_files(
+    path: Path,
+    source: Checkpoint | None = None,
+    *,
+    tokens_of: Checkpoint | None = None,
+    progress: Progress = SILENT,
+) -> Verification:
+    """The part that needs no engine: every byte of a folder or GGUF file, names, values, tokenizer.
+
+    source     what it was made from, to compare weights and tokens with
+    tokens_of  as `source`, for tokens alone
+    """
+    file = find_gguf(path)
     report = Verification(path)
     progress.step("verify", "sums of the files")
     check_sums(report, file)
     if file is not None:
         check_gguf(report, file, source, progress)
     else:
-        _check_folder(report, source, progress)
-    if engine and report.sound:
-        _check_engine(report, device, progress)
-    elif engine:
-        report.notes.append("no engine was run: it is not for damaged files")
-    progress.finish()
+        _check_folder(report, source, tokens_of or source, progress)
     return report
 
 
@@ -78,8 +94,10 @@ def _check_engine(report: Verification, device: str, progress: Progress) -> None
     ]
 
 
-def _check_folder(report: Verification, source: Checkpoint | None, progress: Progress) -> None:
-    """A folder of safetensors: headers, names, values, and what the source has."""
+def _check_folder(
+    report: Verification, source: Checkpoint | None, tokens_of: Checkpoint | None, progress: Progress
+) -> None:
+    """A folder of safetensors: headers, names, values, tokens, and what the source has."""
     path = report.path
     try:
         checkpoint = Checkpoint.open(path)
@@ -99,7 +117,7 @@ def _check_folder(report: Verification, source: Checkpoint | None, progress: Pro
     check_folder_coverage(report, checkpoint.tensors, parts)
     if source is not None:
         compare_rest(report, view, source, parts)
-    check_tokenizer(report, view, source, ours=(path / MANIFEST).is_file())
+    check_tokenizer(report, view, tokens_of, ours=(path / MANIFEST).is_file())
 
 
 def _check_names(report: Verification, view: Checkpoint) -> None:

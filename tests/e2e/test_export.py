@@ -139,7 +139,7 @@ def test_the_manifest_keeps_what_was_measured(quantized: Quantized, tmp_path: Pa
     start = quantized("gptq:w4g32@method=rtn")
     made = quantkit.export(start, "awq", tmp_path / "awq")
     before, after = (json.loads((f / "quantkit.json").read_text()) for f in (start, made.folder))
-    for key in ("source", "method", "options", "quality", "calibration", "fallbacks"):
+    for key in ("source", "method", "made", "quality", "calibration", "fallbacks"):
         assert after[key] == before[key]
     assert after["repacked"]["source"] == start.name and after["name"] == "awq-w4g32"
     assert set(after["files"]) == {p.name for p in made.folder.iterdir()} - {"quantkit.json"}
