@@ -28,6 +28,9 @@ _OPTIONAL = (
     ("bitsandbytes", "loads NF4, FP4 and LLM.int8 results in transformers", "quantkit[bitsandbytes]"),
     ("hqq", "loads HQQ results", "quantkit[hqq]"),
     ("gguf", "writes GGUF files", "quantkit[gguf]"),
+    ("llama-cpp-python", "loads GGUF files to check them", "llama-cpp-python"),
+    ("hf-xet", "faster transfers to and from the Hub", "hf-xet"),
+    ("matplotlib", "plots in model cards", "quantkit[plot]"),
     ("datasets", "further calibration sets of the Hub", "datasets"),
 )
 
@@ -48,6 +51,7 @@ def command(**flags: Any) -> None:
         "memory_bytes": memory,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "devices": _devices(),
+        "hub": _hub(),
         "formats": list(registry.names("formats")),
         "problems": _problems(),
     }
@@ -77,6 +81,38 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
+def _hub() -> dict[str, Any] | None:
+    """Where models come from, whether there is a token, and what downloads that stopped left behind."""
+    if _version("huggingface_hub") is None:
+        return None
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    left = [path.stat().st_size for path in cache.glob("models--*/blobs/*.incomplete")]
+    return {
+        "endpoint": constants.ENDPOINT,
+        "offline": constants.is_offline_mode(),
+        "token": get_token() is not None,
+        "cache": str(cache),
+        "unfinished_files": len(left),
+        "unfinished_bytes": sum(left),
+    }
+
+
+def _hub_rows(hub: dict[str, Any]) -> list[tuple[str, str]]:
+    offline = ", switched off by HF_HUB_OFFLINE" if hub["offline"] else ""
+    token = "there is one" if hub["token"] else "none: hf auth login, or set HF_TOKEN"
+    rows = [("Hub", hub["endpoint"] + offline), ("Hub, token", token), ("Hub, cache", hub["cache"])]
+    if hub["unfinished_files"]:
+        size = format_size(hub["unfinished_bytes"])
+        text = (
+            f"{hub['unfinished_files']:,} unfinished files of {size}, which no download goes on with; unless "
+            "one runs now: find CACHE -name '*.incomplete' -delete"
+        )
+        rows.append(("", text))
+    return rows
+
+
 def _problems() -> list[str]:
     """What is missing or in the way, each with what to do."""
     problems = [f"{name} is missing: pip install {name}" for name in _NEEDED if _version(name) is None]
@@ -103,5 +139,7 @@ def _table(facts: dict[str, Any]) -> Table:
         rows.append((device["device"], f"{device['name']}, {format_size(device['memory_bytes'])}"))
     if not facts["devices"]:
         rows.append(("GPU", "none that torch can use; everything works on the CPU"))
+    if facts["hub"] is not None:
+        rows += _hub_rows(facts["hub"])
     rows.append(("formats", ", ".join(facts["formats"])))
     return Table("", ("", ""), tuple(rows), blockers=tuple(facts["problems"]))

@@ -184,6 +184,21 @@ def test_doctor(quantkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
     assert "pip uninstall llm-quantkit" in shown.out
 
 
+def test_doctor_tells_what_downloads_left_behind(
+    quantkit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "abc.12345678.incomplete").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    shown = quantkit("doctor")
+    assert "1 unfinished files of 1.00 kB" in shown.out and "there is one" in shown.out
+    assert "secret" not in shown.out + quantkit("doctor", "--json").out
+
+
 def test_inspect_of_nothing(quantkit: Callable[..., Any]) -> None:
     shown = quantkit("inspect", "nowhere")
     assert shown.code == 2
