@@ -14,11 +14,24 @@ if TYPE_CHECKING:
     from quantkit.recipe.load import load_recipe
     from quantkit.recipe.rules import Rule
     from quantkit.recipe.shorthand import parse_targets
-    from quantkit.recipe.spec import Calibration, Device, Eval, EvalText, Gates, Output, Recipe, Target
+    from quantkit.recipe.spec import (
+        Calibration,
+        Card,
+        Device,
+        Eval,
+        EvalText,
+        Gates,
+        Output,
+        Publish,
+        Recipe,
+        Target,
+    )
     from quantkit.run.calibrate import collect_imatrix, merge_imatrix
     from quantkit.run.convert import convert
     from quantkit.run.inspect import inspect
     from quantkit.run.plan import plan
+    from quantkit.run.publish import Pushing
+    from quantkit.run.publish import publish as push
     from quantkit.run.repack import repack as export
     from quantkit.run.score import score
     from quantkit.run.verify import verify
@@ -27,11 +40,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Card",
     "Device",
     "Eval",
     "EvalText",
     "Gates",
     "Output",
+    "Publish",
+    "Pushing",
     "QuantkitError",
     "Recipe",
     "Rule",
@@ -46,14 +62,15 @@ __all__ = [
     "merge_imatrix",
     "parse_targets",
     "plan",
+    "push",
     "score",
     "verify",
 ]
 
 _SPEC = "quantkit.recipe.spec"
 _HOME = (
-    *((name, _SPEC, name) for name in ("Calibration", "Device", "Eval", "EvalText", "Gates")),
-    *((name, _SPEC, name) for name in ("Output", "Recipe", "Rule", "Target")),
+    *((name, _SPEC, name) for name in ("Calibration", "Card", "Device", "Eval", "EvalText", "Gates")),
+    *((name, _SPEC, name) for name in ("Output", "Publish", "Recipe", "Rule", "Target")),
     ("QuantkitError", "quantkit.errors", "QuantkitError"),
     ("collect_imatrix", "quantkit.run.calibrate", "collect_imatrix"),
     ("convert", "quantkit.run.convert", "convert"),
@@ -64,6 +81,8 @@ _HOME = (
     ("merge_imatrix", "quantkit.run.calibrate", "merge_imatrix"),
     ("parse_targets", "quantkit.recipe.shorthand", "parse_targets"),
     ("plan", "quantkit.run.plan", "plan"),
+    ("Pushing", "quantkit.run.publish", "Pushing"),
+    ("push", "quantkit.run.publish", "publish"),
     ("score", "quantkit.run.score", "score"),
     ("verify", "quantkit.run.verify", "verify"),
 )

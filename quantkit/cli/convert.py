@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,12 +15,18 @@ from quantkit.cli.help import Command
 from quantkit.cli.options import build_recipe, option, recipe_options
 from quantkit.cli.output import Output, common_options
 from quantkit.cli.plan import print_recipe, show_plan
-from quantkit.errors import GateError
+from quantkit.cli.push import TOKEN_FILE, find_token
+from quantkit.errors import GateError, UsageError, VerifyError
+
+if TYPE_CHECKING:
+    from quantkit.recipe.spec import Publish
+    from quantkit.run.report import Report
 
 _EXAMPLES = (
     "quantkit convert Qwen/Qwen3-0.6B --to gptq:w4g128 -o out/",
     "quantkit convert ./my-model --to gguf:q4_k_m,q6_k --to gptq:w4g128 --calib calib.txt",
     "quantkit convert -r recipe.yaml --only gptq-w4g128",
+    "quantkit convert -r publish --push --repo alice/Qwen3-0.6B-{target}",
     "quantkit convert demo",
 )
 
@@ -31,6 +37,8 @@ _EXAMPLES = (
 @option("Common", "--only", multiple=True, metavar="NAME", help="only this target; repeatable")
 @option("Common", "--skip", multiple=True, metavar="NAME", help="all but this target; repeatable")
 @option("Common", "--restart", is_flag=True, help="forget an earlier run instead of continuing it")
+@option("Publish", "--push", is_flag=True, help="publish the results, as `publish:` of the recipe says")
+@TOKEN_FILE
 @common_options
 def command(**flags: Any) -> int:
     """Quantize a model to targets, check and measure the results.
@@ -48,23 +56,71 @@ def command(**flags: Any) -> int:
         return print_recipe(recipe)
     if flags["dry_run"]:
         return show_plan(recipe, flags, output)
+    how = recipe.publish if flags["push"] else None
+    if flags["push"] and how is None:
+        raise UsageError(
+            "--push: no repository is named", remedy="give --repo name/model, or `publish:` in the recipe"
+        )
 
     from quantkit.cli.progress import choose
     from quantkit.run.convert import convert
     from quantkit.run.plan import plan
 
     where = {"offline": flags["offline"], "cache_dir": flags["cache_dir"]}
-    planned = plan(recipe, **where)
-    planned.check()
-    output.preview(planned.table())
-    with choose(output) as progress, stop_on_interrupt(progress.warn) as stop:
-        report = convert(recipe, progress=progress, restart=flags["restart"], stop=stop, **where)
+    token = None
+    with choose(output) as progress:
+        planned = plan(recipe, headers_only=True, progress=progress, **where)
+        planned.check()
+        if how is not None:
+            from quantkit.run.publish import check_ready
+
+            token = find_token(how, flags["token_file"])
+            check_ready(how, planned, token=token, progress=progress)
+        output.preview(planned.table())
+        with stop_on_interrupt(progress.warn) as stop:
+            report = convert(recipe, progress=progress, restart=flags["restart"], stop=stop, **where)
     paths = [Path(recipe.output.dir) / target.folder for target in report.targets]
-    output.result("convert", [report.table()], report.to_json(), paths)
+    code = _verdict(report, output)
+    if how is None or not _may_publish(how, report, output):
+        output.result("convert", [report.table()], report.to_json(), paths)
+        return code
+    if not output.as_json:  # else both are one document
+        output.result("convert", [report.table()], report.to_json(), paths)
+
+    from quantkit.run.publish import publish
+
+    with choose(output) as progress:
+        pushed = publish(paths, how, token=token, progress=progress)
+    if output.as_json:
+        output.result("convert", [], {**report.to_json(), "push": pushed.to_json()})
+    else:
+        output.result("push", pushed.tables(), pushed.to_json())
+    return code
+
+
+def _verdict(report: Report, output: Output) -> int:
+    """The exit code of what was made; the files are there in any case."""
+    if report.unsound:
+        output.talk("error: an engine does not agree with the files; they are kept")
+        return VerifyError.exit_code
     if report.broken_gates:
         output.talk("error: an evaluation gate failed; the files are kept")
         return GateError.exit_code
     return 0
+
+
+def _may_publish(how: Publish, report: Report, output: Output) -> bool:
+    """Whether the results are to be pushed; if not, the reason is said."""
+    if report.unsound:
+        reason = "an engine does not agree"
+    elif report.broken_gates and how.when != "always":
+        reason = "a gate failed"
+    elif how.when == "manual":
+        reason = "`publish.when` is manual"
+    else:
+        return True
+    output.talk(f"nothing was pushed: {reason}")
+    return False
 
 
 @contextmanager

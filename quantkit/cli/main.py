@@ -34,13 +34,14 @@ COMMANDS = {
     },
     "Look": {
         "inspect": "Show what a model FOLDER or GGUF file holds: types, quantization.",
-        "verify": "Check a model FOLDER or GGUF file: every byte, tensor and name.",
+        "verify": "Check a model FOLDER or GGUF file, then run it in its engine.",
         "eval": "Measure perplexity of saved models, and KL from a baseline.",
         "formats": "List formats, their presets and methods.",
         "recipes": "List, copy and check recipes.",
-    },
-    "Help": {
         "doctor": "Report on this installation: versions, memory, devices, packages.",
+    },
+    "Share": {
+        "push": "Publish results with a model card: checked, uploaded, checked again.",
     },
 }
 
@@ -119,19 +120,21 @@ def run(arguments: list[str]) -> int:
 
 
 def _show(error: QuantkitError, arguments: list[str], kind: str, code: int, *, as_json: bool) -> int:
-    """Print an error where and how it was asked for; called while it is being handled."""
+    """Print an error where and how it was asked for, without tokens; called while it is being handled."""
+    from quantkit.cli.logs import masked
+
     if _verbosity(arguments) > 1:
-        click.echo(traceback.format_exc(), err=True, nl=False)
+        click.echo(masked(traceback.format_exc()), err=True, nl=False)
     if as_json:
         from quantkit.cli.output import to_json
 
         fields = {"kind": kind, "message": error.message, "remedy": error.remedy, "code": code}
-        click.echo(to_json({"status": "error", "error": fields}))
+        click.echo(masked(to_json({"status": "error", "error": fields})))
     if isinstance(error, RecipeError) and len(error.problems) > 1:
         click.echo(f"error: {len(error.problems)} problems", err=True)
-        click.echo(str(error), err=True)
+        click.echo(masked(str(error)), err=True)
     else:
-        click.echo(f"error: {error}", err=True)
+        click.echo(masked(f"error: {error}"), err=True)
     return code
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -13,7 +13,7 @@ import click
 from quantkit import resources
 from quantkit.cli.help import Option
 from quantkit.errors import UsageError
-from quantkit.recipe.check import doc, hints, options, plain
+from quantkit.recipe.check import doc, hints, options
 from quantkit.recipe.spec import Recipe
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ class Flag:
         """The click option; its type, default and help come from the recipe's dataclasses."""
         hint, default = _look_up(self.path)
         choices = [c for kind in options(hint) if get_origin(kind) is Literal for c in get_args(kind)]
+        if bool in options(hint):
+            return option(self.section, *self.names, is_flag=True, default=None, help=doc(hint))
         kind: Any = click.Choice(choices) if choices else int if int in options(hint) else str
         text = doc(hint) if default is None else f"{doc(hint)}  [default: {default}]"
-        return click.option(
-            *self.names, cls=Option, section=self.section, type=kind, metavar=self.metavar, help=text
-        )
+        return option(self.section, *self.names, type=kind, metavar=self.metavar, help=text)
 
 
+REPO = Flag(("--repo",), "publish.repo", "Publish", "NAME/MODEL")
 FLAGS = (
     Flag(("-o", "--output"), "output.dir", "Output", "DIR"),
     Flag(("--on-exists",), "output.on_exists", "Output"),
@@ -59,6 +60,7 @@ FLAGS = (
     Flag(("--device",), "device.map", "Resources", "DEVICE"),
     Flag(("--max-memory",), "device.max_memory", "Resources", "SIZE"),
     Flag(("--dtype",), "device.dtype", "Resources"),
+    REPO,
 )
 
 
@@ -114,6 +116,7 @@ SPECIAL = (
     EVAL_STYLE,
     EVAL_CHUNKS,
     option("Evaluation", "--no-eval", is_flag=True, help="measure nothing"),
+    option("Evaluation", "--no-engine", is_flag=True, help="do not load the results in their engines"),
     OFFLINE,
     CACHE_DIR,
 )
@@ -133,7 +136,7 @@ def _look_up(path: str) -> tuple[Any, Any]:
     owner: Any = Recipe
     *parents, name = path.split(".")
     for parent in parents:
-        owner = plain(hints(owner)[parent])
+        owner = next(kind for kind in options(hints(owner)[parent]) if is_dataclass(kind))
     default = next(f.default for f in fields(owner) if f.name == name)
     return hints(owner)[name], None if default is MISSING else default
 
@@ -194,6 +197,8 @@ def _overrides(flags: Mapping[str, Any], path: Path | None) -> list[Override]:
         found.append(flag("eval.perplexity", texts, "--eval"))
     if flags["no_eval"]:
         found.append(flag("eval.enabled", False, "--no-eval"))
+    if flags["no_engine"]:
+        found.append(flag("engine_check", False, "--no-engine"))
     return found + [assignment(text) for text in flags["assignments"]]
 
 

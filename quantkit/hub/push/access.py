@@ -1,0 +1,112 @@
+"""Who may publish where, and who may see it then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.hub.push import refusals
+from quantkit.hub.push.difference import Row, nothing_to_do
+from quantkit.hub.push.patience import Patience
+from quantkit.hub.push.publication import Publication
+from quantkit.hub.push.refusals import FAILURES, Place
+from quantkit.hub.push.remote import RemoteState
+from quantkit.hub.push.session import Account, Session
+
+
+def find_account(place: Place, patience: Patience) -> Account | None:
+    """Whose token it is, None without a token; HubError when the Hub does not know it."""
+    token = place.api.token
+    if token is False or (not isinstance(token, str) and get_token() is None):
+        return None
+    told = patience.ask(partial(place.api.whoami, cache=True), place, "asking whose token it is")
+    orgs = [o["name"] for o in told.get("orgs", ()) if o.get("roleInOrg") != "read"]
+    role = told.get("auth", {}).get("accessToken", {}).get("role")
+    return Account(told["name"], (told["name"], *orgs), role == "read")
+
+
+def allowed(
+    session: Session, place: Place, publication: Publication, remote: RemoteState
+) -> Iterator[QuantkitError]:
+    """Whether this account may do it; asked of the Hub where the repository is there already."""
+    account = session.account
+    namespace = publication.repo.partition("/")[0]
+    if account is None:
+        yield refusals.no_token(place.api.endpoint)
+        return
+    if account.read_only:
+        yield refusals.may_not_write(place)
+    elif not remote.exists:
+        if publication.create_pr:
+            yield UsageError(
+                f"{publication.repo} is not there, or not for {account.name}: no pull request can be opened",
+                remedy="leave out create_pr to make it, or check the name",
+            )
+        elif namespace.lower() not in {name.lower() for name in account.namespaces}:
+            yield refusals.may_not_write(place)
+    elif not publication.create_pr:
+        yield from _may_write(session, place)
+    if publication.branch is not None and publication.branch in remote.tags:
+        yield UsageError(
+            f"{publication.repo} has a tag '{publication.branch}'", remedy="give the branch another name"
+        )
+
+
+def tagged(publication: Publication, remote: RemoteState, rows: tuple[Row, ...]) -> Iterator[QuantkitError]:
+    """A tag that is there already can only name what is there already."""
+    tag = publication.tag
+    if tag is None or publication.create_pr:
+        return
+    if tag in remote.branches:
+        yield UsageError(f"{publication.repo} has a branch '{tag}'", remedy="give the tag another name")
+    known = remote.tags.get(tag)
+    if known is not None and (known != remote.head or not nothing_to_do(rows)):
+        yield UsageError(
+            f"{publication.repo} has a tag '{tag}' at {known[:7]}, which is not what is to be published",
+            remedy="give another `publish.tag`, or delete the tag",
+        )
+
+
+def visible(
+    session: Session, publication: Publication, remote: RemoteState, rows: tuple[Row, ...]
+) -> Iterator[QuantkitError]:
+    """An existing repository stays as visible as it is, unless that was asked for and shows nothing else."""
+    if not remote.exists or publication.create_pr or session.options.confirmed:
+        return
+    is_now = "private" if remote.private else "public"
+    wanted = publication.visibility
+    if wanted != "private-then-public" and wanted != is_now:
+        yield UsageError(
+            f"{publication.repo} is {is_now}, {wanted} was asked for",
+            remedy=f"give --yes to publish to it as it is, or set `visibility: {is_now}`",
+        )
+    if wanted == "private-then-public" and remote.private:
+        kept = {path for placed in remote.earlier for path in placed.files} | set(remote.known.files)
+        others = [
+            row.path for row in rows
+            if row.change == "untouched" and row.path != ".gitattributes" and row.path not in kept
+        ]  # fmt: skip
+        if others:
+            yield UsageError(
+                f"{publication.repo} would become public with {len(others):,} files that quantkit did not "
+                f"put there (first: '{others[0]}')",
+                remedy="give --yes if they may be seen by all, or set `visibility: private`",
+            )
+
+
+def _may_write(session: Session, place: Place) -> Iterator[QuantkitError]:
+    ask = partial(place.api.auth_check, place.repo, write=True)
+    try:
+        session.patience.attempt(ask, place, "asking whether it may be written to")
+    except HfHubHTTPError as error:
+        status = refusals.status_of(error)
+        if status == 403:
+            yield refusals.may_not_write(place)
+        elif status != 404:  # a server of an older kind cannot tell, and the repository was just seen
+            raise refusals.explain(error, place, "asking whether it may be written to") from error
+    except FAILURES as error:
+        raise refusals.explain(error, place, "asking whether it may be written to") from error

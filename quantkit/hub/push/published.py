@@ -1,0 +1,153 @@
+"""`quantkit.json` of a repository: what is published there, now and by earlier pushes.
+
+A repository of one target has the manifest of that target. One that may hold several has
+
+    {"schema": "quantkit/repo/1", "targets": {name: manifest}, "placed": {name: {"files", "branch"}},
+     "checks": {name: checks}, "files": {path: {"bytes", "sha256"}}, "changes": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from quantkit.errors import SourceError
+from quantkit.hub.listing import Listed
+from quantkit.hub.manifest import MANIFEST, Check, FileSum, Manifest
+from quantkit.hub.push.publication import Placed, Publication, is_weights
+
+SCHEMA = "quantkit/repo/1"
+_OURS = "quantkit/"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a remote `quantkit.json` says.
+
+    ours     it is one of quantkit, though maybe of a version that is not known
+    files    what an earlier push put there, beside the card and what goes with it
+    changes  lines about files that were replaced, newest first
+    """
+
+    ours: bool = False
+    targets: tuple[Placed, ...] = ()
+    files: Mapping[str, FileSum] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+
+
+def parse(text: bytes) -> Published:
+    """Whatever can be read of it: a person may have put another file in its place."""
+    try:
+        found = json.loads(text)
+        ours = isinstance(found, dict) and str(found.get("schema")).startswith(_OURS)
+    except (ValueError, RecursionError):
+        return Published()
+    if not ours:
+        return Published()
+    try:
+        return _several(found) if found["schema"] == SCHEMA else _single(found)
+    except (KeyError, TypeError, ValueError, AttributeError, SourceError):
+        return Published(ours=True)
+
+
+def _single(found: Mapping[str, Any]) -> Published:
+    manifest = Manifest.from_json(found, MANIFEST)
+    placed = Placed(manifest, tuple(manifest.files))
+    return Published(True, (placed,), manifest.files, _changes(found))
+
+
+def _several(found: Mapping[str, Any]) -> Published:
+    targets = []
+    for name, told in found["targets"].items():
+        placed = found["placed"][name]
+        checks = found["checks"].get(name)
+        targets.append(
+            Placed(
+                Manifest.from_json(told, MANIFEST),
+                tuple(str(path) for path in placed["files"]),
+                placed["branch"],
+                None if checks is None else tuple(Check(**check) for check in checks),
+            )
+        )
+    files = {str(path): FileSum(**told) for path, told in found["files"].items()}
+    return Published(True, tuple(targets), files, _changes(found))
+
+
+def _changes(found: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(line) for line in found.get("changes", ()))
+
+
+def still_there(
+    known: Published, publication: Publication, listed: Mapping[str, Listed], branches: Collection[str]
+) -> tuple[Placed, ...]:
+    """Targets of earlier pushes that this one leaves alone and whose files nobody changed since."""
+    if not publication.several:
+        return ()
+    now = {placed.manifest.name for placed in publication.placed}
+    taken = {item.path_in_repo for item in publication.weights if is_weights(item.path_in_repo)}
+    return tuple(
+        placed
+        for placed in known.targets
+        if placed.manifest.name not in now
+        and not taken.intersection(placed.files)
+        and (_intact(placed, known, listed) if placed.branch is None else placed.branch in branches)
+    )
+
+
+def _intact(placed: Placed, known: Published, listed: Mapping[str, Listed]) -> bool:
+    """Side files may have come anew with another target; weights are what the numbers are about."""
+    for path in placed.files:
+        there, told = listed.get(path), known.files.get(path)
+        if there is None or told is None:
+            return False
+        if is_weights(path) and (there.size != told.bytes or (there.large and there.sum != told.sha256)):
+            return False
+    return True
+
+
+def replaced(publication: Publication, known: Published) -> tuple[str, ...]:
+    """Paths of weights that an earlier push published with another content."""
+    return tuple(
+        item.path_in_repo
+        for item in publication.weights
+        if item.expected is not None
+        and is_weights(item.path_in_repo)
+        and known.files.get(item.path_in_repo, item.expected) != item.expected
+    )
+
+
+def sums(publication: Publication, earlier: tuple[Placed, ...], known: Published) -> dict[str, FileSum]:
+    """The weights and side files that the branch holds, of this push and of earlier ones."""
+    kept = {path for placed in earlier if placed.branch is None for path in placed.files}
+    found = {path: known.files[path] for path in kept if path in known.files}
+    found |= {item.path_in_repo: item.expected for item in publication.weights if item.expected is not None}
+    return dict(sorted(found.items()))
+
+
+def compose(
+    publication: Publication, earlier: tuple[Placed, ...], known: Published, changes: tuple[str, ...]
+) -> bytes:
+    """The new `quantkit.json`."""
+    document: dict[str, Any]
+    if not publication.several:
+        document = publication.targets[0].to_json()
+    else:
+        placed = sorted((*publication.placed, *earlier), key=lambda each: each.manifest.name)
+        document = {
+            "schema": SCHEMA,
+            "targets": {each.manifest.name: each.manifest.to_json() for each in placed},
+            "placed": {
+                each.manifest.name: {"files": list(each.files), "branch": each.branch} for each in placed
+            },
+            "checks": {
+                each.manifest.name: [asdict(check) for check in each.checks]
+                for each in placed
+                if each.checks is not None
+            },
+            "files": {path: asdict(told) for path, told in sums(publication, earlier, known).items()},
+        }
+    if changes:
+        document["changes"] = list(changes)
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,167 @@
+"""`push`: everything is planned and checked before anything is sent; then one publication after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.hub.push import access, preflight
+from quantkit.hub.push.difference import Sums
+from quantkit.hub.push.patience import Patience
+from quantkit.hub.push.preflight import Plan
+from quantkit.hub.push.publication import Publication
+from quantkit.hub.push.record import Record
+from quantkit.hub.push.refusals import Place
+from quantkit.hub.push.remote import ensure, is_private, read_tag
+from quantkit.hub.push.session import Card, Options, Session
+from quantkit.hub.push.upload import Done, Upload
+from quantkit.run.progress import SILENT, Progress
+from quantkit.run.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What was planned and, but for a dry run, done."""
+
+    plans: tuple[Plan, ...]
+    done: tuple[Done, ...]
+    dry_run: bool
+
+    @property
+    def problems(self) -> tuple[QuantkitError, ...]:
+        return tuple(problem for plan in self.plans for problem in plan.problems)
+
+    def tables(self) -> list[Table]:
+        """The plan of a dry run; else what is where."""
+        if self.dry_run:
+            return [plan.table() for plan in self.plans]
+        rows = tuple(
+            (
+                each.repo,
+                each.branch if each.pull_request is None else f"pull request {each.pull_request}",
+                each.commit[:7],
+                "nothing to do" if each.unchanged else f"{len(each.sent)} files",
+                each.url,
+            )
+            for each in self.done
+        )
+        return [Table("Published", ("repository", "branch", "commit", "sent", "at"), rows)]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "dry_run": self.dry_run,
+            "plans": [plan.to_json() for plan in self.plans],
+            "published": [done.to_json() for done in self.done],
+        }
+
+
+def push(
+    publications: Sequence[Publication],
+    api: HfApi,
+    *,
+    card: Card,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+    record: Path | None = None,
+) -> Pushed:
+    """Publish, in order. A push that failed continues when it is called again.
+
+    `card` gives README.md and the files it shows; it is asked before anything is sent, and again once the
+    weights are verified. `record` is written after each step. A dry run only reads, and reports what is
+    wrong instead of raising it: UsageError for what was asked, VerifyError for files that are not what
+    was made, HubError when the Hub refuses or does not answer.
+    """
+    options = options or Options()
+    with _quietly():
+        patience = Patience(options.sleep, progress)
+        place = Place(api, publications[0].repo, options.resume or "the same command again")
+        account = access.find_account(place, patience)
+        kept = Record(None if options.dry_run else record)
+        session = Session(api, card, options, progress, patience, Sums(), kept, account)
+        plans = tuple(_plan(session, publication) for publication in publications)
+        if options.dry_run:
+            return Pushed(plans, (), True)
+        _refuse([problem for plan in plans for problem in plan.problems])
+        for plan in plans:
+            preflight.check_card(session, plan)
+        done = []
+        for i, plan in enumerate(plans):
+            upload = Upload(session, plan)
+            done.append(upload.run())
+            finished = all(later.publication.repo != plan.publication.repo for later in plans[i + 1 :])
+            _finish(session, upload, done[-1], plan, last=finished)
+        return Pushed(plans, tuple(done), False)
+
+
+def _plan(session: Session, publication: Publication) -> Plan:
+    session.progress.step("plan", publication.name)
+    return preflight.plan(session, publication)
+
+
+def _refuse(problems: Sequence[QuantkitError]) -> None:
+    """Raise what was found wrong, all of it at once."""
+    if not problems:
+        return
+    first = problems[0]
+    if len(problems) == 1:
+        raise first
+    lines = [first.message, *(problem.in_one_line for problem in problems[1:])]
+    raise type(first)("\n  ".join(lines), remedy=first.remedy)
+
+
+def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: bool) -> None:
+    """The tag; and, once everything in the repository is verified, who may see it."""
+    publication, place = plan.publication, session.place(plan.publication)
+    entry = upload.entry
+    if publication.tag is not None and not publication.create_pr:
+        _tag(session, place, publication.tag, done.commit)
+        entry.tag = publication.tag
+    wanted = publication.visibility
+    if last and wanted == "private-then-public" and not publication.create_pr:
+        if plan.remote.private is not False:
+            session.progress.step("push", f"making {publication.repo} public")
+            show = partial(session.api.update_repo_settings, publication.repo, visibility="public")
+            ensure(
+                place,
+                session.patience,
+                show,
+                lambda: not is_private(place),
+                "making the repository public",
+            )
+        entry.visibility = "public"
+    entry.step = "done"
+    session.record.keep(entry)
+
+
+def _tag(session: Session, place: Place, tag: str, commit: str) -> None:
+    """Name the commit; a tag that is there already must name it too."""
+
+    name = partial(session.api.create_tag, place.repo, tag=tag, revision=commit, exist_ok=True)
+    made = partial(read_tag, place, tag)
+    ensure(place, session.patience, name, lambda: made() is not None, f"making tag {tag}")
+    found = session.patience.ask(made, place, "reading its tags")
+    if found != commit:
+        raise UsageError(
+            f"{place.repo} has a tag '{tag}' at {str(found)[:7]}, this is {commit[:7]}",
+            remedy="give another `publish.tag`, or delete the tag",
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the client's own bars; and what is learned of this endpoint's Xet is forgotten with it."""
+    bars, xet = are_progress_bars_disabled(), constants.HF_HUB_DISABLE_XET
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = xet
+        if not bars:
+            enable_progress_bars()

@@ -1,0 +1,391 @@
+"""One publication: repository, branch, weights, verified, then what describes them.
+
+Files are sent one by one with `preupload_lfs_files` and committed together with `create_commit`, not with
+`upload_folder`: they lie in several folders and nothing is to be copied; each is tried again by us and
+told of by itself; content that arrived is never sent twice; and the branch changes in one step, in which
+`upload_folder` may make several. A card and what goes with it follow in a second commit, whose parent is
+the commit that was verified, so that nothing is described that is not there.
+
+After any failure the listing of the repository decides what is true, not the answer that was lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.hf_api import GitCommitInfo
+
+from quantkit.errors import HubError, QuantkitError, VerifyError
+from quantkit.hub.listing import Listed
+from quantkit.hub.push import access, description, preflight, pull_request, refusals
+from quantkit.hub.push.difference import nothing_to_do
+from quantkit.hub.push.patience import TRIES, failed_for_good
+from quantkit.hub.push.preflight import Plan
+from quantkit.hub.push.publication import Item
+from quantkit.hub.push.record import Entry
+from quantkit.hub.push.refusals import FAILURES, STALE
+from quantkit.hub.push.remote import (
+    RemoteState,
+    ensure,
+    first_commit,
+    has_branch,
+    history,
+    is_gated,
+    list_tree,
+    listing,
+    look,
+    read_head,
+)
+from quantkit.hub.push.session import Session
+from quantkit.recipe.sizes import format_size
+
+_INVALID = 400
+Operation = CommitOperationAdd | CommitOperationDelete
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A publication that is there. `sent` are the files that were not there before."""
+
+    repo: str
+    branch: str
+    url: str
+    commit: str
+    pull_request: int | None
+    sent: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+    @property
+    def unchanged(self) -> bool:
+        return not self.sent and not self.deleted
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "repo": self.repo,
+            "branch": self.branch,
+            "url": self.url,
+            "commit": self.commit,
+            "pull_request": self.pull_request,
+            "sent": list(self.sent),
+            "deleted": list(self.deleted),
+        }
+
+
+class Upload:
+    """Carries out one plan."""
+
+    def __init__(self, session: Session, plan: Plan) -> None:
+        self._session = session
+        self._plan = plan
+        self._publication = plan.publication
+        self._place = session.place(plan.publication)
+        self._ensure = partial(ensure, self._place, session.patience)
+        self._number = plan.pull_request
+        self._uploaded: set[str] = set()
+        self._sent: list[str] = []
+        self._entry = Entry(self._place.api.endpoint, plan.publication.repo, plan.publication.revision)
+
+    def run(self) -> Done:
+        """Everything but what is done once per repository; HubError when it fails for good."""
+        self._prepare()
+        remote = self._look()
+        if not self._plan.remote.exists:
+            for problem in access.visible(self._session, self._publication, remote, ()):
+                raise problem  # somebody else made it in the meantime
+        weights = self._weights(remote)
+        self._keep("weights", weights_commit=weights)
+        remote = self._look()
+        if remote.head != weights and not self._all_there(self._publication.weights, remote.files):
+            raise self._changed(weights)
+        commit, deleted = self._card(remote)
+        if self._number is not None:
+            pull_request.show(self._session, self._publication, self._number)
+        url = f"{self._place.url}/tree/{self._publication.revision}"
+        if self._number is not None:
+            url = f"{self._place.url}/discussions/{self._number}"
+        self._keep("described", commit=commit, url=url)
+        sent = tuple(self._sent)
+        return Done(
+            self._publication.repo, self._publication.revision, url, commit, self._number, sent, deleted
+        )
+
+    @property
+    def entry(self) -> Entry:
+        """What the record says of this publication."""
+        return self._entry
+
+    @property
+    def _revision(self) -> str:
+        if self._number is not None:
+            return pull_request.revision(self._number)
+        return self._publication.revision
+
+    def _look(self) -> RemoteState:
+        remote = look(self._publication, self._place, self._session.patience, revision=self._revision)
+        if remote.head is None:
+            raise HubError(
+                f"{self._publication.name} is not there, though it was made.",
+                remedy=f"look at {self._place.url}, then: {self._place.resume}",
+            )
+        return preflight.as_left(self._session, self._publication, remote)
+
+    # -- where it goes
+
+    def _prepare(self) -> None:
+        """The repository with its access, the branch or the pull request."""
+        publication, place = self._publication, self._place
+        api = place.api
+        remote = self._plan.remote
+        if not remote.exists:
+            private = publication.visibility != "public"
+            make = partial(api.create_repo, publication.repo, private=private, exist_ok=True)
+            shown = "private" if private else "public"
+            self._session.progress.step("push", f"making {publication.repo}, {shown}")
+            self._session.patience.ask(make, self._place, "making the repository")
+            self._keep("made", visibility=shown)
+        if publication.create_pr:
+            self._prepare_pull_request()
+            return
+        if self._plan.gated and not remote.gated:
+            gate = partial(api.update_repo_settings, publication.repo, gated="auto")
+            self._ensure(gate, partial(is_gated, place), "gating the access")
+        if publication.branch is not None and publication.branch not in remote.branches:
+            start = first_commit(place, self._session.patience) if publication.fork_from_first else None
+            name = publication.branch
+            fork = partial(api.create_branch, publication.repo, branch=name, revision=start, exist_ok=True)
+            self._ensure(fork, partial(has_branch, place, name), f"making branch {name}")
+
+    def _prepare_pull_request(self) -> None:
+        """None is opened when there is nothing to propose."""
+        if self._number is None and not nothing_to_do(self._plan.rows):
+            self._session.progress.step("push", f"opening a pull request at {self._publication.repo}")
+            self._number = pull_request.open_draft(self._session, self._publication)
+        self._keep("pull request")
+
+    # -- weights
+
+    def _weights(self, remote: RemoteState) -> str:
+        """The commit at which all weights are verified."""
+        weights = self._publication.weights
+        head, missing = str(remote.head), self._missing(weights, remote.files)
+        if missing:
+            rows = preflight.rows_of(self._session, self._publication, remote, ())
+            for problem in preflight.foreign(self._session, self._publication, remote, rows):
+                raise problem
+            head, missing = self._sent_and_missing(missing)
+        if missing:
+            name = missing[0].path_in_repo
+            self._session.progress.warn(
+                f"{self._publication.name}: '{name}' is listed with another content; sending it again"
+            )
+            head, missing = self._sent_and_missing(missing)
+        if missing:
+            files = listing(self._place, self._session.patience, head)
+            raise self._damaged(missing[0], files.get(missing[0].path_in_repo))
+        self._session.progress.note(f"{self._publication.name}: all weights verified at {head[:7]}")
+        return head
+
+    def _sent_and_missing(self, items: Sequence[Item]) -> tuple[str, tuple[Item, ...]]:
+        """The commit of `items`, and the weights that it does not list as they are here."""
+        head = self._send(items)
+        files = listing(self._place, self._session.patience, head)
+        return head, self._missing(self._publication.weights, files)
+
+    def _send(self, items: Sequence[Item]) -> str:
+        """Upload each of `items`, then commit them; the commit."""
+        operations: list[Operation] = []
+        for n, item in enumerate(items, 1):
+            size = format_size(self._session.sums.of(item.source).bytes)
+            self._session.progress.step("upload", f"{item.path_in_repo} ({size}, {n} of {len(items)})")
+            operations.append(self._upload(item))
+        self._session.progress.step("commit", self._publication.name)
+        title = description.weights_title(self._publication)
+        commit = self._commit(items, operations, title, parent=None)
+        self._sent += [item.path_in_repo for item in items]
+        return commit
+
+    def _upload(self, item: Item) -> CommitOperationAdd:
+        """The content is at the Hub, though in no commit yet."""
+        operation = self._operation(item)
+        send = partial(
+            self._place.api.preupload_lfs_files,
+            self._publication.repo,
+            additions=[operation],
+            revision=self._revision,
+            num_threads=1,
+        )
+        doing = f"uploading '{item.path_in_repo}'"
+        try:
+            self._session.patience.attempt(send, self._place, doing)
+        except FAILURES as error:
+            raise failed_for_good(error, self._place, doing, self._state()) from error
+        if not self._session.sums.unchanged(item.source):
+            raise VerifyError(
+                f"`{item.place}` was written to while it was uploaded", remedy="run quantkit convert again"
+            )
+        self._uploaded.add(item.path_in_repo)
+        return operation
+
+    def _operation(self, item: Item) -> CommitOperationAdd:
+        operation = CommitOperationAdd(item.path_in_repo, item.source)
+        # known already: the client reads a file once less
+        operation.upload_info.sha256 = bytes.fromhex(self._session.sums.of(item.source).sha256)
+        return operation
+
+    def _missing(self, items: Sequence[Item], files: Mapping[str, Listed]) -> tuple[Item, ...]:
+        return tuple(i for i in items if not self._session.sums.match(i.source, files.get(i.path_in_repo)))
+
+    def _all_there(self, items: Sequence[Item], files: Mapping[str, Listed]) -> bool:
+        return not self._missing(items, files)
+
+    def _state(self) -> list[str]:
+        """What became of each file so far."""
+        return [
+            f"{item.path_in_repo}: {'uploaded' if item.path_in_repo in self._uploaded else 'not uploaded'}"
+            for item in self._publication.weights
+        ]
+
+    def _damaged(self, item: Item, listed: Listed | None) -> HubError:
+        mine = self._session.sums.of(item.source)
+        found = "it is not there" if listed is None else f"{listed.size:,} bytes, {listed.sum}"
+        return HubError(
+            f"{self._publication.name}: '{item.path_in_repo}' is not what was sent, twice: "
+            f"{mine.bytes:,} bytes, {mine.sha256} here, {found} there.",
+            remedy=f"look for a .gitignore there and at {self._place.url}, then: {self._place.resume}",
+        )
+
+    # -- what describes them
+
+    def _card(self, remote: RemoteState) -> tuple[str, tuple[str, ...]]:
+        """The last commit, and what it deleted; none is made when nothing differs."""
+        session, publication = self._session, self._publication
+        last = description.last(publication, remote, session.card(publication, remote))
+        rows = preflight.rows_of(session, publication, remote, last)
+        for problem in (
+            *preflight.foreign(session, publication, remote, rows),
+            *preflight.scrubbed(session, last),
+        ):
+            raise problem
+        changed = [i for i in last if not session.sums.match(i.source, remote.files.get(i.path_in_repo))]
+        deleted = tuple(row.path for row in rows if row.change == "deleted")
+        if not changed and not deleted:
+            return str(remote.head), ()
+        session.progress.step("commit", f"{publication.name}: card and reports")
+        operations: list[Operation] = [self._operation(item) for item in changed]
+        operations += [CommitOperationDelete(path) for path in deleted]
+        title = description.card_title(publication)
+        commit = self._commit(changed, operations, title, parent=remote.head, deleted=deleted)
+        files = listing(self._place, session.patience, commit)
+        for item in self._missing(changed, files):
+            raise self._damaged(item, files.get(item.path_in_repo))
+        self._sent += [item.path_in_repo for item in changed]
+        return commit, deleted
+
+    # -- commits
+
+    def _commit(
+        self,
+        items: Sequence[Item],
+        operations: list[Operation],
+        title: str,
+        *,
+        parent: str | None,
+        deleted: Sequence[str] = (),
+    ) -> str:
+        """Commit, and after a failure look whether it is there all the same."""
+        session = self._session
+        sums = {i.path_in_repo: session.sums.of(i.source) for i in items}
+        told = description.text(
+            self._publication, {path: (each.bytes, each.sha256) for path, each in sums.items()}
+        )
+        doing = f"committing to {self._publication.name}"
+        failed = 0
+        while True:
+            try:
+                with session.patience.heard():
+                    made = self._place.api.create_commit(
+                        self._publication.repo,
+                        operations,
+                        commit_message=title,
+                        commit_description=told,
+                        revision=self._revision,
+                        parent_commit=parent,
+                    )
+                return made.oid
+            except FAILURES as error:
+                if session.patience.without_xet(error, self._place):
+                    continue
+                if (head := self._landed(items, deleted)) is not None:
+                    session.progress.note(
+                        f"{self._publication.name}: the commit is there, its answer was lost"
+                    )
+                    return head
+                failed += 1
+                if parent is not None and refusals.status_of(error) == STALE and failed < TRIES:
+                    parent = self._moved(parent)
+                    continue
+                if failed == TRIES or refusals.hopeless(error):
+                    raise failed_for_good(error, self._place, doing, self._state()) from error
+                if refusals.status_of(error) == _INVALID:  # it lost an object: send all again
+                    operations = [
+                        *(self._operation(item) for item in items),
+                        *(CommitOperationDelete(path) for path in deleted),
+                    ]
+                session.patience.wait(failed, error, self._place, doing)
+
+    def _landed(self, items: Sequence[Item], deleted: Sequence[str]) -> str | None:
+        """The head, if it holds all of `items` and none of `deleted`; None also when nobody answers."""
+        try:
+            head = read_head(self._place, self._revision)
+            files = list_tree(self._place, head)
+        except FAILURES:
+            return None
+        done = self._all_there(items, files) and not any(path in files for path in deleted)
+        return head if done else None
+
+    def _moved(self, parent: str) -> str:
+        """The new head, where nobody but this push committed since `parent`; HubError otherwise."""
+        since: list[GitCommitInfo] = []
+        for commit in history(self._place, self._session.patience, self._revision):
+            if commit.commit_id == parent:
+                break
+            since.append(commit)
+        name = self._place.account
+        ours = (description.weights_title(self._publication), description.card_title(self._publication))
+        if since and all(c.title in ours and name in c.authors for c in since):
+            files = listing(self._place, self._session.patience, since[0].commit_id)
+            if self._all_there(self._publication.weights, files):
+                return since[0].commit_id
+        raise self._changed(parent, since)
+
+    def _changed(self, parent: str, since: Sequence[GitCommitInfo] = ()) -> QuantkitError:
+        who = ""
+        if since:
+            first = since[0]
+            when = first.created_at.strftime("%Y-%m-%d %H:%M UTC")
+            who = f" by {', '.join(first.authors) or 'somebody'} at {when}: {first.title}"
+        return HubError(
+            f"{self._publication.name} was changed since {parent[:7]}, while it was published to{who}.",
+            remedy=f"look at {self._place.url}/commits/{self._publication.revision}, "
+            f"then: {self._place.resume}",
+        )
+
+    def _keep(self, step: str, **known: str) -> None:
+        """Note in the record how far it got."""
+        entry = self._entry
+        entry.step = step
+        entry.pull_request = self._number
+        entry.weights_commit = known.get("weights_commit", entry.weights_commit)
+        entry.commit = known.get("commit", entry.commit)
+        entry.url = known.get("url", entry.url)
+        entry.visibility = known.get("visibility", entry.visibility)
+        if step in ("weights", "described"):
+            entry.files = {
+                item.path_in_repo: {"bytes": sums.bytes, "sha256": sums.sha256}
+                for item in self._publication.weights
+                for sums in (self._session.sums.of(item.source),)
+            }
+        self._session.record.keep(entry)

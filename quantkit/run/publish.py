@@ -1,0 +1,179 @@
+"""`push`: targets that were checked go to the Hub with the card that their measurements make."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+from quantkit.errors import UsageError, VerifyError
+from quantkit.hub import problems, scrub
+from quantkit.hub.client import connect
+from quantkit.hub.licences import Licence, judge
+from quantkit.hub.manifest import MANIFEST, Check, Manifest, Origin, read_manifest
+from quantkit.hub.push import access, refusals
+from quantkit.hub.push.patience import Patience
+from quantkit.hub.push.publication import Publication, publications
+from quantkit.hub.push.push import Pushed, push
+from quantkit.hub.push.record import RECORD
+from quantkit.hub.push.refusals import Place
+from quantkit.hub.push.session import Options
+from quantkit.recipe.spec import Publish
+from quantkit.run.cards import Cards
+from quantkit.run.engine_check import check_target
+from quantkit.run.manifest import origin
+from quantkit.run.plan import Plan
+from quantkit.run.progress import SILENT, Progress
+
+_TIMEOUT = 30.0  # seconds; the client has none for this question
+
+
+@dataclass(frozen=True, slots=True)
+class Pushing:
+    """What a push may do.
+
+    replace       files of the same name that differ
+    replace_card  what a person changed inside quantkit's part of a card
+    prune         delete what an earlier push made and this one does not
+    confirmed     go on where the repository has another visibility than was asked for
+    engines       load targets that no engine has loaded yet
+    """
+
+    dry_run: bool = False
+    replace: bool = False
+    replace_card: bool = False
+    prune: bool = False
+    confirmed: bool = False
+    engines: bool = True
+
+
+def publish(
+    paths: Sequence[Path],
+    how: Publish,
+    *,
+    only: Sequence[str] = (),
+    token: str | None = None,
+    endpoint: str | None = None,
+    pushing: Pushing = Pushing(),
+    progress: Progress = SILENT,
+) -> Pushed:
+    """Publish targets: folders of a conversion, or of one target each; `only` picks by name.
+
+    Nothing is sent before everything is planned and checked: sums, engines, licence, names, what may not be
+    seen by others. A push that was stopped continues when it is called again. UsageError, VerifyError or
+    HubError say what stands in the way; a dry run lists it instead.
+    """
+    targets = _targets(paths, only)
+    if pushing.engines:
+        for folder, manifest in targets:
+            progress.step("verify", manifest.name)
+            _require_sound(manifest.name, check_target(folder, manifest.key))
+    api = connect(endpoint, token)
+    planned = publications(targets, how)
+    licences = _licences([manifest.source for _, manifest in targets], how, api)
+    secret = token or get_token()
+
+    def found(files: Mapping[str, Path | bytes]) -> list[str]:
+        return scrub.findings(files, secrets=(secret,) if secret else (), home=Path.home())
+
+    def licence(publication: Publication) -> Licence:
+        return licences[publication.targets[0].source.fingerprint]
+
+    options = Options(
+        dry_run=pushing.dry_run,
+        replace=pushing.replace,
+        prune=pushing.prune,
+        confirmed=pushing.confirmed,
+        licence=licence,
+        scrub=found,
+    )
+    card = Cards(how, api.endpoint, planned, licences, pushing.replace_card, progress)
+    return push(planned, api, card=card, options=options, progress=progress, record=_record(paths))
+
+
+def check_ready(
+    how: Publish,
+    made: Plan,
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Before a long run: whether its results could be published at all. HubError or UsageError if not.
+
+    Whose token it is, where it may write, and what the licence of the source says; the rest is known once
+    there are files.
+    """
+    api = connect(endpoint, token)
+    place = Place(api, how.repo, "the same command again")
+    account = access.find_account(place, Patience(time.sleep, progress))
+    if account is None:
+        raise refusals.no_token(api.endpoint)
+    namespace = how.repo.partition("/")[0]
+    if account.read_only or ("{" not in namespace and namespace not in account.namespaces):
+        raise refusals.may_not_write(Place(api, how.repo, "", account.name, account.namespaces))
+    known = origin(made.source, made.checkpoint, made.graph, "")
+    blockers = _licences([known], how, api)[known.fingerprint].blockers
+    if blockers:
+        raise UsageError("\n  ".join(blockers))
+
+
+def _targets(paths: Sequence[Path], only: Sequence[str]) -> list[tuple[Path, Manifest]]:
+    """(folder, manifest) of everything in `paths` that is chosen."""
+    found = [(folder, read_manifest(folder)) for path in paths for folder in _folders(path)]
+    names = [manifest.name for _, manifest in found]
+    for name in only:
+        if name not in names:
+            raise UsageError(f"there is no target '{name}'", remedy=f"there are {', '.join(names)}")
+    return [(folder, manifest) for folder, manifest in found if not only or manifest.name in only]
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """The targets' folders in `path`, or itself."""
+    if (path / MANIFEST).is_file():
+        yield path
+        return
+    inside = sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if path.is_dir() else []
+    if not inside:
+        raise UsageError(
+            f"`{path}` holds nothing that quantkit made: no {MANIFEST} there or in its folders",
+            remedy="give the folder that quantkit convert wrote",
+        )
+    yield from inside
+
+
+def _record(paths: Sequence[Path]) -> Path:
+    """Where it is noted what was published: in the folder of the conversion."""
+    first = paths[0].resolve()
+    return (first.parent if (first / MANIFEST).is_file() else first) / RECORD
+
+
+def _require_sound(name: str, checks: Sequence[Check]) -> None:
+    broken = [f"{check.engine} {check.version}: {check.problem}" for check in checks if check.problem]
+    if broken:
+        raise VerifyError(
+            "\n  ".join((f"`{name}` is not sound:", *broken)),
+            remedy="convert it again; nothing was published",
+        )
+
+
+def _licences(origins: Sequence[Origin], how: Publish, api: HfApi) -> dict[str, Licence]:
+    """By fingerprint of the source."""
+    found: dict[str, Licence] = {}
+    for source in origins:
+        if source.fingerprint not in found:
+            found[source.fingerprint] = judge(source, how, endpoint=api.endpoint, gated=_gated(source, api))
+    return found
+
+
+def _gated(source: Origin, api: HfApi) -> bool:
+    """Whether the Hub gives access to the source on terms; taken as no where it cannot be asked."""
+    if not source.on_hub:
+        return False
+    with contextlib.suppress(*problems.CLIENT_ERRORS):
+        return bool(api.model_info(source.id, revision=source.revision, timeout=_TIMEOUT).gated)
+    return False
