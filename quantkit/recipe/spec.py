@@ -277,9 +277,9 @@ class Publish:
         str, "repository of the Hub, as name/model; {target} stands for the target where it needs several"
     ]
     visibility: Annotated[
-        Literal["private", "public", "private-then-public"],
-        "of a new repository; private-then-public: public once everything in it is verified",
-    ] = "private"
+        Literal["private", "public", "private-then-public"] | None,
+        "private-then-public: public once all in it is verified; null: a new one private, others as they are",
+    ] = None
     layout: Annotated[
         Literal["auto", "files", "branches", "repo-per-target"],
         "files: one repository; branches: one branch each; auto: files for gguf, else a repository each",
