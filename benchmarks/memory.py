@@ -52,10 +52,10 @@ def specs(config: LlamaConfig) -> list[TensorSpec]:
     return [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()]
 
 
-def write_checkpoint(folder: Path, config: LlamaConfig) -> int:
+def write_checkpoint(folder: Path, config: LlamaConfig, shard_bytes: int = 2 * 10**9) -> int:
     """A random bf16 checkpoint with the embedded model's tokenizer; returns its bytes."""
     generator = torch.Generator().manual_seed(0)
-    planned = plan_shards(specs(config), 2 * 10**9)
+    planned = plan_shards(specs(config), shard_bytes)
     with ShardedWriter(folder, planned) as writer:
         for file in planned.files:
             for spec in file.specs:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from quantkit.calibrate.documents import Document, Messages, documents, evaluation_text, pinned
 from quantkit.calibrate.text import EvalSpec, Part, SetSpec, Style, Template, as_set
-from quantkit.calibrate.tokenizer import Ids, Specials, Tokenizer, encode
-from quantkit.errors import CalibrationError
+from quantkit.calibrate.tokenizer import Ids, Specials, Tokenizer, encode, render
+from quantkit.errors import CalibrationError, SourceError
 
 # A plain text that goes through a chat template is cut into messages of about so many characters.
 PASSAGE = 2_000
@@ -241,13 +241,11 @@ def _render(conversation: Messages, tokenizer: Tokenizer, label: str) -> str:
         raise CalibrationError(
             f"`{label}` is to go through the chat template, but this tokenizer has none", remedy=remedy
         )
-    from jinja2 import TemplateError
-
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
+        return render(conversation, tokenizer)
+    except SourceError as error:
         raise CalibrationError(
-            f"the chat template refuses a conversation of `{label}`: {error}", remedy=remedy
+            f"the chat template refuses a conversation of `{label}`: {error.message}", remedy=remedy
         ) from error
 
 

@@ -87,14 +87,15 @@ def command(**flags: Any) -> int:
     if not output.as_json:  # else both are one document
         output.result("convert", [report.table()], report.to_json(), paths)
 
-    from quantkit.run.publish import publish
+    from quantkit.run.publish import Pushing, publish
 
+    pushing = Pushing(engines=recipe.engine_check)
     with choose(output) as progress:
-        pushed = publish(paths, how, token=token, progress=progress)
+        pushed = publish(paths, how, token=token, pushing=pushing, progress=progress)
     if output.as_json:
         output.result("convert", [], {**report.to_json(), "push": pushed.to_json()})
     else:
-        output.result("push", pushed.tables(), pushed.to_json())
+        output.result("push", pushed.tables(), pushed.to_json(), [done.url for done in pushed.done])
     return code
 
 

@@ -63,6 +63,13 @@ def command(folder: str, **flags: Any) -> None:
         located = locate(folder, progress=progress, **where)
         if target is None and located.id is not None:  # beside it is the cache
             target = Path(f"{Path(located.id).name}-{flags['to'].strip().lower().replace(':', '-')}")
-        made = repack(located.path, flags["to"], target, on_exists=flags["on_exists"], progress=progress)
+        made = repack(
+            located.path,
+            flags["to"],
+            target,
+            on_exists=flags["on_exists"],
+            name=None if located.id is None else located.label,
+            progress=progress,
+        )
     document = {**made.to_json(), "folder": str(made.folder)}
     output.result("export", [made.table()], document, [made.folder])

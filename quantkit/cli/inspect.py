@@ -49,5 +49,4 @@ def _inspect(source: str, flags: dict[str, Any], *, headers: bool) -> Inspection
 
     located = locate(source, offline=flags["offline"], cache_dir=flags["cache_dir"], headers=headers)
     found = inspect(located.path)
-    # A folder of the cache is called by its commit.
-    return found if located.id is None else replace(found, path=Path(located.id))
+    return found if located.id is None else replace(found, label=located.label)

@@ -122,9 +122,10 @@ def run(arguments: list[str]) -> int:
 def _show(error: QuantkitError, arguments: list[str], kind: str, code: int, *, as_json: bool) -> int:
     """Print an error where and how it was asked for, without tokens; called while it is being handled."""
     from quantkit.cli.logs import masked
+    from quantkit.cli.printable import printable
 
     if _verbosity(arguments) > 1:
-        click.echo(masked(traceback.format_exc()), err=True, nl=False)
+        click.echo(printable(masked(traceback.format_exc())), err=True, nl=False)
     if as_json:
         from quantkit.cli.output import to_json
 
@@ -132,9 +133,9 @@ def _show(error: QuantkitError, arguments: list[str], kind: str, code: int, *, a
         click.echo(masked(to_json({"status": "error", "error": fields})))
     if isinstance(error, RecipeError) and len(error.problems) > 1:
         click.echo(f"error: {len(error.problems)} problems", err=True)
-        click.echo(masked(str(error)), err=True)
+        click.echo(printable(masked(str(error))), err=True)
     else:
-        click.echo(masked(f"error: {error}"), err=True)
+        click.echo(printable(masked(f"error: {error}")), err=True)
     return code
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from quantkit.cli.help import Option
+from quantkit.cli.printable import printable
 from quantkit.run.table import Table
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -60,7 +61,7 @@ class Output:
     def talk(self, text: str) -> None:
         """A line on stderr, unless quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def preview(self, table: Table) -> None:
         """A table on stderr, before work begins."""
@@ -68,7 +69,11 @@ class Output:
             self._table(table, err=True)
 
     def result(
-        self, command: str, tables: Sequence[Table], document: Mapping[str, Any], paths: Sequence[Path] = ()
+        self,
+        command: str,
+        tables: Sequence[Table],
+        document: Mapping[str, Any],
+        paths: Sequence[Path | str] = (),
     ) -> None:
         """What the command found or made, in the way that was asked for."""
         if self.as_json:
@@ -87,7 +92,7 @@ class Output:
         if stream.isatty():
             _rich(table, err=err, color=self.color)
         else:
-            click.echo(plain(table), err=err)
+            click.echo(printable(plain(table)), err=err)
 
 
 def plain(table: Table) -> str:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from quantkit.cli.output import Output
+from quantkit.cli.printable import printable
 from quantkit.recipe.sizes import format_size
 from quantkit.run.progress import BlockInfo, Eta, Silent
 
@@ -104,7 +105,7 @@ class Lines(Off):
     def _line(self, text: str) -> None:
         with self._lock:
             self._last = time.monotonic()
-            self._stream.write(f"[{clock(self._last - self._begun)}] {text}\n")
+            self._stream.write(f"[{clock(self._last - self._begun)}] {printable(text)}\n")
             self._stream.flush()
 
     def _reassure(self) -> None:

@@ -64,12 +64,17 @@ def publish_options(command: Any) -> Any:
 @option(
     "Common", "--prune", is_flag=True, help="delete files that an earlier push made and this one does not"
 )
-@option("Common", "--yes", is_flag=True, help="go on where the repository has another visibility")
+@option(
+    "Common",
+    "--yes",
+    is_flag=True,
+    help="go on where the visibility is another, or files that quantkit did not write become public",
+)
 @option("Common", "--no-engine", is_flag=True, help="do not load results that no engine has loaded yet")
 @publish_options
 @TOKEN_FILE
 @common_options
-def command(paths: tuple[Path, ...], **flags: Any) -> None:
+def command(paths: tuple[Path, ...], **flags: Any) -> int:
     """Publish results with a model card: checked, uploaded, checked again.
 
     PATH is the folder of a conversion or of one target. A push that was stopped continues when the same
@@ -78,6 +83,8 @@ def command(paths: tuple[Path, ...], **flags: Any) -> None:
     output = Output.from_flags(flags)
     if not paths:
         raise UsageError("there is nothing to publish", remedy="give the folder that quantkit convert wrote")
+    if (missing := next((path for path in paths if not path.exists()), None)) is not None:
+        raise UsageError(f"`{missing}` is not there", remedy="give the folder that quantkit convert wrote")
 
     from quantkit.cli.progress import choose
     from quantkit.run.publish import Pushing, publish
@@ -100,7 +107,8 @@ def command(paths: tuple[Path, ...], **flags: Any) -> None:
             pushing=pushing,
             progress=progress,
         )
-    output.result("push", found.tables(), found.to_json())
+    output.result("push", found.tables(), found.to_json(), [done.url for done in found.done])
+    return UsageError.exit_code if found.problems and found.dry_run else 0
 
 
 def find_token(how: Publish, file: Path | None) -> str | None:
@@ -135,7 +143,8 @@ def _how(paths: tuple[Path, ...], flags: Mapping[str, Any]) -> Publish:
     from quantkit.recipe.load import load_recipe
     from quantkit.recipe.publishing import published
 
-    recipe = next((p for p in (path / "recipe.resolved.yaml" for path in paths) if p.is_file()), None)
+    folders = [folder for path in paths for folder in (path, path.resolve().parent)]
+    recipe = next((p for p in (folder / "recipe.resolved.yaml" for folder in folders) if p.is_file()), None)
     base = None if recipe is None else load_recipe(recipe).publish
     given = {flag.path: flags[flag.parameter] for flag in FLAGS if flags[flag.parameter] is not None}
     return published(base, given)

@@ -44,7 +44,7 @@ def command(folder: str, **flags: Any) -> int:
     with choose(output) as progress:
         located = locate(folder, progress=progress, **where)
         found = verify(located.path, progress=progress, **how, **where)
-    if located.id is not None:  # a folder of the cache is called by its commit
-        found.path = Path(located.id)
+    if located.id is not None:
+        found.label = located.label
     output.result("verify", found.tables(), found.to_json(), [Path(folder)] if found.sound else [])
     return 0 if found.sound else VerifyError.exit_code

@@ -36,6 +36,22 @@ class Source:
         """What to call it: a repository by its id, a folder by its name, not by where it lies."""
         return self.id or Path(self.requested).expanduser().resolve().name
 
+    @property
+    def pinned(self) -> str:
+        """What to ask for to get this very model again: of the Hub, its commit."""
+        if self.id is None:
+            return self.requested
+        named = _REPO_ID.fullmatch(self.requested)
+        which = f":{named['which']}" if named is not None and named["which"] else ""
+        return f"{self.id}@{self.revision}{which}"
+
+    @property
+    def label(self) -> str:
+        """What to call it beside others: of the Hub as it was asked for, with its commit."""
+        if self.id is None or self.revision is None:
+            return self.name
+        return self.pinned.replace(self.revision, self.revision[:7])
+
 
 def resolve(
     source: str,

@@ -33,6 +33,7 @@ class Licence:
     reminders    what the licence asks of those who distribute derivatives
     warnings     what is unusual
     blockers     why nothing may be published before something is done
+    blockers_if_public  the same, in a repository that all can see
     more         further identifiers, where the source states several
     """
 
@@ -45,6 +46,7 @@ class Licence:
     warnings: tuple[str, ...]
     blockers: tuple[str, ...]
     more: tuple[str, ...] = ()
+    blockers_if_public: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +70,24 @@ class _Stated:
         return f"{names}{called}{f', {self.link}' if self.link else ''}"
 
 
-def judge(origin: Origin, how: Publish, *, endpoint: str = HUB, gated: bool = False) -> Licence:
+def judge(origin: Origin, how: Publish, *, endpoint: str = HUB, gated: bool | None = False) -> Licence:
     """The licence of what was made from `origin`, to be published as `how` says.
 
     endpoint  where the source lies, when it is on the Hub
-    gated     the Hub says that the source gives access on terms
+    gated     the Hub says that the source gives access on terms; None: it did not say
     """
     source, link_warning = _of_source(origin, endpoint)
     chosen = _chosen(source, how)
     bases = hub_ids(origin.id if origin.on_hub else how.base_model)
-    gated = gated or bool(origin.card.get("gated"))
+    asked = gated is not None
+    gated = bool(gated or origin.card.get("gated"))
     written, name = _as_the_hub_knows(chosen)
     warnings = [link_warning] if link_warning else []
     warnings += _warnings(origin, how, source, chosen)
-    if gated:
-        warnings.append(
-            f"access to {origin.id} is gated: it asks for something first; "
-            "consider the same for the copy (settings of the repository, gated: auto)"
-        )
+    if not gated and not asked:
+        warnings.append(f"whether access to {origin.id} is gated is not known: the Hub did not tell")
+    unknown = tuple(_unknown_source(origin, how, chosen))
+    public = how.visibility in ("public", "private-then-public")
     return Licence(
         id=written[0] if written else None,
         name=name,
@@ -94,8 +96,9 @@ def judge(origin: Origin, how: Publish, *, endpoint: str = HUB, gated: bool = Fa
         gated=gated,
         reminders=tuple(_reminders(chosen, how)),
         warnings=tuple(warnings),
-        blockers=tuple([*_unconfirmed(source, chosen, how), *_unknown_source(origin, how, chosen)]),
+        blockers=(*_unconfirmed(source, chosen, how), *(unknown if public else ())),
         more=written[1:],
+        blockers_if_public=() if public else unknown,
     )
 
 
@@ -145,7 +148,8 @@ def _warnings(origin: Origin, how: Publish, source: _Stated, chosen: _Stated) ->
     if origin.on_hub and how.base_model not in (None, origin.id):
         yield f"publish.base_model is {how.base_model}, but the source is {origin.id}, which is written"
     if not origin.on_hub and how.base_model is None and chosen.ids:
-        yield f"the source ({origin.id}) is a folder, so no base model is named; give publish.base_model"
+        named = "so no base model is named; give --base-model (publish.base_model)"
+        yield f"the source ({origin.id}) is a folder, {named}"
 
 
 def _unconfirmed(source: _Stated, chosen: _Stated, how: Publish) -> Iterator[str]:
@@ -164,7 +168,7 @@ def _unconfirmed(source: _Stated, chosen: _Stated, how: Publish) -> Iterator[str
 
 def _unknown_source(origin: Origin, how: Publish, chosen: _Stated) -> Iterator[str]:
     """A folder that does not say where it comes from is only for oneself."""
-    if origin.on_hub or origin.card or how.visibility == "private":
+    if origin.on_hub or origin.card:
         return
     missing = [
         *(["--base-model ID (publish.base_model)"] if how.base_model is None else []),
@@ -173,7 +177,7 @@ def _unknown_source(origin: Origin, how: Publish, chosen: _Stated) -> Iterator[s
     if missing:
         yield (
             f"the source ({origin.id}) is a folder without a model card: give {' and '.join(missing)}, "
-            "or make the repository private"
+            "or make the repository private (--visibility private)"
         )
 
 

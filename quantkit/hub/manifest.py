@@ -11,16 +11,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.errors import SourceError
 from quantkit.evaluate.quality import Quality
+from quantkit.recipe.check import accepts, fault, hints
 
 MANIFEST = "quantkit.json"
 CHECKS = "checks.json"
 SCHEMA = "quantkit/target/2"
 REPO_SCHEMA = "quantkit/repo/1"
 CHECKS_SCHEMA = "quantkit/checks/1"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +141,13 @@ class Manifest:
                     remedy="run the same quantkit convert again with --on-exists replace",
                 )
             known = {f.name: found[f.name] for f in fields(cls)}
-            known["source"] = Origin(**found["source"])
-            known["quality"] = tuple(Quality.from_json(q) for q in found["quality"])
-            known["kept"] = tuple(Kept(**k) for k in found["kept"])
-            known["files"] = {str(n): FileSum(**s) for n, s in found["files"].items()}
+            known["source"] = _typed(Origin(**found["source"]))
+            known["quality"] = tuple(_typed(Quality.from_json(q)) for q in found["quality"])
+            known["kept"] = tuple(_typed(Kept(**k)) for k in found["kept"])
+            known["files"] = {str(n): _typed(FileSum(**s)) for n, s in found["files"].items()}
             for name in ("engines", "notes"):
-                known[name] = tuple(found[name])
-            return cls(**known)
+                known[name] = tuple(found[name]) if isinstance(found[name], list) else found[name]
+            return _typed(cls(**known))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(f"{where} is not what quantkit writes: {error!r}") from error
 
@@ -181,7 +184,7 @@ def read_checks(folder: Path, key: str) -> tuple[Check, ...] | None:
     try:
         if found["schema"] != CHECKS_SCHEMA or found["key"] != key:
             return None
-        return tuple(Check(**check) for check in found["engines"])
+        return tuple(_typed(Check(**check)) for check in found["engines"])
     except (KeyError, TypeError) as error:
         raise SourceError(f"`{path}` is not what quantkit writes: {error!r}") from error
 
@@ -189,6 +192,17 @@ def read_checks(folder: Path, key: str) -> tuple[Check, ...] | None:
 def checks_json(key: str, checks: tuple[Check, ...]) -> dict[str, Any]:
     """What `read_checks` reads."""
     return {"schema": CHECKS_SCHEMA, "key": key, "engines": [asdict(check) for check in checks]}
+
+
+def _typed(made: T) -> T:
+    """`made`, every field of which has the type it is declared with; TypeError for what a stranger wrote."""
+    for name, hint in hints(type(made)).items():
+        value = getattr(made, name)
+        # numbers of what is broken may be infinite
+        number = isinstance(value, float) and accepts(hint, float)
+        if not number and (wrong := fault(value, hint)) is not None:
+            raise TypeError(f"{name} {wrong}")
+    return made
 
 
 def _read(path: Path) -> Any:
@@ -199,5 +213,5 @@ def _read(path: Path) -> Any:
             f"`{path}` cannot be read: {error.strerror}",
             remedy="give a folder that quantkit convert wrote",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"`{path}` is not JSON: {error}") from error

@@ -17,7 +17,7 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httpx2
-from huggingface_hub import constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
     FileMetadataError,
@@ -50,6 +50,7 @@ CLIENT_ERRORS = (
     RuntimeError,
     ValueError,
 )
+IN_ENVIRONMENT = " in HF_TOKEN"
 WAITS = (1.0, 2.0, 4.0)
 _MAX_WAIT = 300.0  # the Hub counts per window of 5 minutes
 _TOO_MANY = 429
@@ -73,7 +74,7 @@ def attempt(call: Callable[[], T], repo: Repo, *, waits: Sequence[float] = WAITS
         except CLIENT_ERRORS as error:
             if not may_pass(error):
                 raise explain(error, repo) from error
-            wait = max(seconds, _requested_wait(error))
+            wait = max(seconds, requested_wait(error))
             what = "Rate limited" if status_of(error) == _TOO_MANY else f"{repo.id}: {_briefly(error)}"
             _log.warning("%s; waiting %.0f s.", what, wait)
             time.sleep(wait)
@@ -158,6 +159,19 @@ def no_hub(repo: Repo) -> HubError:
         f"{repo.api.endpoint} does not speak the Hub protocol.",
         remedy="check HF_ENDPOINT and the proxy settings",
     )
+
+
+def token_place(api: HfApi) -> str:
+    """Where the token that is sent was found, to follow "The token"; empty when that is not known."""
+    if isinstance(api.token, str):
+        return " that was given"
+    with contextlib.suppress(OIDCError):
+        token = get_token()
+        if token is not None and token == _get_token_from_environment():
+            return IN_ENVIRONMENT
+        if token is not None and token == _get_token_from_file():
+            return f" in `{constants.HF_TOKEN_PATH}`"
+    return ""
 
 
 def not_cached(repo: Repo) -> HubError:
@@ -292,7 +306,7 @@ def _briefly(error: BaseException) -> str:
     return type(unwrap(error)).__name__ if status is None else f"the Hub answered {status}"
 
 
-def _requested_wait(error: BaseException) -> float:
+def requested_wait(error: BaseException) -> float:
     """Seconds the server asks to wait, from Retry-After or the RateLimit header; 0 if it does not."""
     cause = unwrap(error)
     if not isinstance(cause, HfHubHTTPError):
@@ -325,15 +339,8 @@ def _is_refused(repo: Repo) -> bool:
 
 def _bad_token(repo: Repo) -> HubError:
     """The token itself is never shown; where it was found helps to replace it."""
-    token, origin = _token(repo), ""
-    if isinstance(repo.api.token, str):
-        origin = " that was given"
-    elif token == _get_token_from_environment():
-        origin = " in HF_TOKEN"
-    elif token == _get_token_from_file():
-        origin = f" in `{constants.HF_TOKEN_PATH}`"
     return HubError(
-        f"The token{origin} is not valid at {repo.api.endpoint}: "
+        f"The token{token_place(repo.api)} is not valid at {repo.api.endpoint}: "
         "it expired, was revoked, or is of another Hub.",
         remedy="replace it: hf auth login, or set HF_TOKEN; without any, public models can be read",
     )

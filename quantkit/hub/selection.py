@@ -63,7 +63,11 @@ def choose(repo: str, names: Collection[str], which: str | None) -> Choice:
     found = [choice for choice in models if _is_tagged(choice, rf"(?<![A-Za-z0-9]){re.escape(which)}[.-]")]
     found = found or [choice for choice in models if _is_tagged(choice, rf"{re.escape(which)}[.-]")]
     if not found:
-        raise SourceError(f"{repo} has no model '{which}'", remedy=_remedy(repo, names))
+        plain = folder.CONFIG in Choice("").beside(names) and not models
+        remedy = (
+            f"it holds one model, in safetensors: leave out `:{which}`" if plain else _remedy(repo, names)
+        )
+        raise SourceError(f"{repo} has no model '{which}'", remedy=remedy)
     if len(found) > 1:
         listed = ", ".join(choice.gguf[0] for choice in found[:_SHOWN])
         raise SourceError(

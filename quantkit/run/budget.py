@@ -55,11 +55,32 @@ def available(on: torch.device) -> int:
     if on.type == "cuda":
         return int(torch.cuda.mem_get_info(on)[0])
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if found:
+        free = int(found[1]) * 1024
+    left = container_left()
+    return free if left is None else min(free, left)
+
+
+def container_left(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes below the memory limit of the container (control group) this runs in; None where there is none.
+
+    Cached files count as free, because the system gives them up first.
+    """
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (*(f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")),
+         "total_inactive_file"),
+    ):  # fmt: skip
+        try:
+            most = int((groups / limit).read_text())
+            now = int((groups / used).read_text())
+            files = re.search(rf"^{cached} (\d+)$", (groups / stat).read_text(), re.MULTILINE)
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+        return max(0, most - now + (int(files[1]) if files else 0))
+    return None
 
 
 def release_memory() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantkit.errors import UsageError
 from quantkit.hub.card import Page, Variant, render
-from quantkit.hub.card.own_text import merge
+from quantkit.hub.card.own_text import MARK, merge
 from quantkit.hub.card.plot import draw, problem
 from quantkit.hub.licences import Licence
 from quantkit.hub.push.publication import README, Placed, Publication
@@ -49,7 +49,11 @@ class Cards:
             self.progress.note(f"{publication.name}: {problem(page)}")
         text = render(page, None if picture is None else PLOT)
         existing = remote.readme if remote.readme is not None else _own_card(publication)
-        files = {README: merge(text, existing, replace=self.replace).encode()}
+        try:
+            merged = merge(text, existing, replace=self.replace)
+        except UsageError as error:
+            raise UsageError(f"{publication.name}: {error.message}", remedy=error.remedy) from error
+        files = {README: merged.encode()}
         return files if picture is None else {**files, PLOT: picture}
 
     @cached_property
@@ -100,7 +104,14 @@ def _own_card(publication: Publication) -> str | None:
     if len(publication.folders) != 1:
         return None
     path = publication.folders[0] / README
-    return path.read_text("utf-8") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"`{path}` cannot be read: {error}", remedy="store it in UTF-8, or move it away"
+        ) from error
 
 
 def _template(publication: Publication) -> str | None:
@@ -108,6 +119,7 @@ def _template(publication: Publication) -> str | None:
     for folder in publication.folders:
         file = find_gguf(folder)
         found = prompt_example(folder if file is None else file)
-        if found is not None:
+        # with a mark of ours in it a card could not be told from what a person adds
+        if found is not None and MARK not in found:
             return found
     return None

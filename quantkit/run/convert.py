@@ -266,7 +266,8 @@ class _Run:
             self._plan.source.name, size, bpw, self._calibration_json(), targets, self._recipe.eval.gates
         )
         write_text(self.out / "report.json", to_json_text(report.to_json()))
-        write_text(self.out / "recipe.resolved.yaml", dump(self._recipe))
+        resolved = dataclasses.replace(self._recipe, source=self._plan.source.pinned)
+        write_text(self.out / "recipe.resolved.yaml", dump(resolved))
         return report
 
 

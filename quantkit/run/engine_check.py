@@ -59,8 +59,9 @@ class Looked:
 def check_engine(path: Path, *, device: str = "cpu", progress: Progress = SILENT) -> Looked:
     """Load a folder or a GGUF file in the engine it is for, and compare what both compute.
 
-    An engine that fails, crashes or never ends is a check with a problem. No error is raised for what cannot
-    be looked at: that is a note. UsageError for a device that is not there.
+    An engine that fails or crashes is a check with a problem. One that takes too long, or more memory than
+    there is, says nothing about the files: that is a note, as is whatever cannot be looked at. UsageError
+    for a device that is not there.
     """
     on = budget.device(device)
     try:
@@ -98,7 +99,7 @@ def _look(path: Path, checkpoint: Checkpoint, chosen: Chosen, ids: Tensor, progr
     answer, found = ask(request)
     if answer.stage == "starting":
         return Looked(notes=(*notes, f"{name} does not start here: {answer.problem}"))
-    if answer.starved:
+    if answer.starved or answer.late:
         return Looked(notes=(*notes, f"not run in {name} to the end: {answer.problem}"))
     return Looked((_judged(chosen, answer, found, own),), tuple(notes))
 
@@ -108,14 +109,14 @@ def check_target(
 ) -> tuple[Check, ...]:
     """The checks of the target `key` in `folder`: those in its `checks.json`, else new ones, kept there.
 
-    What is not looked at is told to `progress`, and looked for again the next time. RunError when the disk
-    refuses.
+    What is not looked at is told to `progress`, and looked for again the next time, as is what was not sound:
+    the engine may be another by then. RunError when the disk refuses.
     """
     try:
         known = read_checks(folder, key)
     except SourceError:
         known = None
-    if known is not None:
+    if known is not None and all(check.problem is None for check in known):
         return known
     looked = check_engine(folder, device=device, progress=progress)
     for note in looked.notes:

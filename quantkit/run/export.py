@@ -20,8 +20,8 @@ from torch import Tensor
 from quantkit.checkpoint.atomic import PARTIAL, replace_dir, write_error, write_text
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardedWriter, ShardPlan
-from quantkit.errors import CoverageError, UsageError, VerifyError
-from quantkit.hub.manifest import MANIFEST, FileSum, Manifest
+from quantkit.errors import CoverageError, SourceError, UsageError, VerifyError
+from quantkit.hub.manifest import MANIFEST, FileSum, Manifest, read_manifest
 from quantkit.hub.side_files import cleaned, scrubbed_config
 from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
@@ -170,13 +170,13 @@ def free_or_ours(folder: Path, on_exists: str, key: str) -> bool:
     if on_exists == "replace":
         return False
     try:
-        known = json.loads(manifest.read_text("utf-8"))
-    except ValueError:
-        known = {}
-    if on_exists == "resume" and known.get("key") == key:
+        known = read_manifest(folder)
+    except SourceError:
+        known = None
+    if on_exists == "resume" and known is not None and known.key == key:
         return all(
-            (folder / n).is_file() and (folder / n).stat().st_size == f["bytes"]
-            for n, f in known["files"].items()
+            (folder / n).is_file() and (folder / n).stat().st_size == told.bytes
+            for n, told in known.files.items()
         )
     raise UsageError(
         f"`{folder}` holds the result of another plan" if on_exists == "resume" else f"`{folder}` exists",

@@ -30,7 +30,7 @@ def check_sums(report: Verification, file: Path | None) -> None:
         listed = {str(n): (int(s["bytes"]), str(s["sha256"])) for n, s in found["files"].items()}
         several = found.get("schema") == REPO_SCHEMA
         asked = _belonging(found, file.name) if several and file is not None else listed.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         report.problems.append(f"`{manifest}` is not what quantkit writes: {error!r}")
         return
     absent, looked = [], 0

@@ -19,7 +19,6 @@ from quantkit.gguf.architectures import Model
 from quantkit.gguf.blocks import TYPES, BlockType, pack
 from quantkit.gguf.mixes import MIXES, Mix
 from quantkit.gguf.vocabulary import reference, vocabulary
-from quantkit.gguf.vocabulary.identity import llama_encoder, same_ids
 from quantkit.hub.manifest import Kept
 from quantkit.model.graph import ModelGraph, Weight
 from quantkit.recipe.plan import TargetPlan
@@ -28,6 +27,7 @@ from quantkit.run.ends import EMBED
 from quantkit.run.files import parameters
 from quantkit.run.gguf_file import GgufFile, Origin
 from quantkit.run.gguf_source import tokenizer_folder
+from quantkit.run.llama_tokens import llama_differences
 from quantkit.run.manifest import kept_inside
 from quantkit.run.quantized import QuantizedCheckpoint
 from quantkit.run.regrid import regrid
@@ -89,11 +89,14 @@ def write(file: GgufFile, folder: Path, origin: Origin) -> None:
     for terms in file.view.extras() if file.view.path.is_dir() else ():
         if is_terms(terms.name):
             shutil.copyfile(terms, folder / terms.name)
-    encode = llama_encoder(folder / file.names[0])
-    if encode is None:
-        return
-    differences = same_ids(reference(tokenizer_folder(file.view)), encode)
-    wrong = [str(difference) for difference in differences if not difference.edge]
+    tokenizer = reference(tokenizer_folder(file.view))
+    differences, refused = llama_differences(folder / file.names[0], tokenizer)
+    if refused is not None:
+        raise VerifyError(
+            refused,
+            remedy="the installed llama-cpp-python may be older than the file's tokenizer: upgrade it",
+        )
+    wrong = [str(difference) for difference in differences or () if not difference.edge]
     if wrong:
         raise VerifyError(
             "\n".join((f"llama.cpp reads {len(wrong)} texts otherwise than the tokenizer does:", *wrong[:3])),

@@ -43,6 +43,7 @@ class Inspection:
     traits    what its quantized weights are like, seen on one of them
     unread    why its quantized weights cannot be read, None when they can
     gguf      what the file says of itself when it is one of llama.cpp's
+    label     what to call it, None: by the name of its folder or file
     """
 
     path: Path
@@ -55,6 +56,11 @@ class Inspection:
     traits: tuple[str, ...] = ()
     unread: str | None = None
     gguf: GgufFacts | None = None
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.label or self.path.name
 
     @property
     def size_bytes(self) -> int:
@@ -64,7 +70,7 @@ class Inspection:
         return {
             "schema": "quantkit/inspect/1",
             "status": "ok",
-            "name": self.path.name,
+            "name": self.name,
             "architecture": self.architecture,
             "tied_embeddings": self.tied,
             "size_bytes": self.size_bytes,
@@ -83,7 +89,7 @@ class Inspection:
         method = "not quantized" if self.quantization is None else method_of(self.quantization)
         if self.gguf is not None:
             method = f"GGUF {self.gguf.label or ''}".strip()
-        title = f"{self.path.name} · {self.architecture} · {method} · {format_size(self.size_bytes)}"
+        title = f"{self.name} · {self.architecture} · {method} · {format_size(self.size_bytes)}"
         rows = []
         for kind in self.kinds:
             bits = f"{kind.size_bytes * 8 / kind.parameters:.2f}" if kind.parameters else ""

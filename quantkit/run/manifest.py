@@ -64,8 +64,8 @@ def kept_inside(file: GgufFile) -> tuple[Kept, ...]:
 
 def recipe_text(recipe: Recipe, target: Target, source: Source) -> str:
     """YAML of the recipe with one target alone, without paths of the machine."""
-    pinned = f"{source.id}@{source.revision}" if source.revision else source.name
-    return dump(anonymous(dataclasses.replace(recipe, targets=(target,)), pinned))
+    name = source.pinned if source.revision else source.name
+    return dump(anonymous(dataclasses.replace(recipe, targets=(target,)), name))
 
 
 def versions() -> Mapping[str, str]:

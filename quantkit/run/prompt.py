@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import TemplateError
-
-from quantkit.calibrate.tokenizer import load_tokenizer
-from quantkit.errors import QuantkitError
+from quantkit.calibrate.tokenizer import load_tokenizer, render
+from quantkit.errors import QuantkitError, SourceError
 from quantkit.run.gguf_source import tokenizer_folder
 from quantkit.run.quantized import open_source
 
 _MESSAGE = "{prompt}"
+_MOST = 20_000  # characters; an example is to be read
 
 
 def prompt_example(path: Path) -> str | None:
     """What a user's message ``{prompt}`` becomes for the model in `path`, a folder or a GGUF file.
 
-    None where it has no chat template, or one that does not render: nothing is raised for an example.
+    None where it has no chat template, one that does not render, or makes a text too long to read: nothing is
+    raised for an example.
     """
     try:
         tokenizer = load_tokenizer(tokenizer_folder(open_source(path)))
@@ -26,9 +26,9 @@ def prompt_example(path: Path) -> str | None:
     if not tokenizer.chat_template:
         return None
     try:
-        found = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MESSAGE}], tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, ValueError, TypeError, KeyError):
+        found = render([{"role": "user", "content": _MESSAGE}], tokenizer, answer=True)
+    except SourceError:
         return None
-    return found if isinstance(found, str) and _MESSAGE in found else None
+    # half a character cannot be written to a file
+    found = found.encode("utf-8", "replace").decode("utf-8")
+    return found if _MESSAGE in found and len(found) <= _MOST else None

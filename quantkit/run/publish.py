@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from quantkit.errors import UsageError, VerifyError
+from quantkit.checkpoint import card
+from quantkit.errors import HubError, UsageError, VerifyError
 from quantkit.hub import problems, scrub
-from quantkit.hub.client import connect
+from quantkit.hub.client import connect, repository
 from quantkit.hub.licences import Licence, judge
 from quantkit.hub.manifest import MANIFEST, Check, Manifest, Origin, read_manifest
 from quantkit.hub.push import access, refusals
 from quantkit.hub.push.patience import Patience
-from quantkit.hub.push.publication import Publication, publications
+from quantkit.hub.push.publication import README, Publication, publications
 from quantkit.hub.push.push import Pushed, push
 from quantkit.hub.push.record import RECORD
 from quantkit.hub.push.refusals import Place
@@ -68,10 +73,15 @@ def publish(
     HubError say what stands in the way; a dry run lists it instead.
     """
     targets = _targets(paths, only)
-    if pushing.engines:
-        for folder, manifest in targets:
+    for folder, manifest in targets:
+        for gate in _broken_gates(folder, manifest.name):
+            progress.warn(f"a gate of the recipe failed: {gate}")
+        if pushing.engines:
             progress.step("verify", manifest.name)
-            _require_sound(manifest.name, check_target(folder, manifest.key))
+            checks = check_target(folder, manifest.key, progress=progress)
+            _require_sound(manifest.name, checks)
+            if not checks:
+                progress.warn(f"{manifest.name}: no engine has loaded it, and the card will say so")
     api = connect(endpoint, token)
     planned = publications(targets, how)
     licences = _licences([manifest.source for _, manifest in targets], how, api)
@@ -91,8 +101,8 @@ def publish(
         licence=licence,
         scrub=found,
     )
-    card = Cards(how, api.endpoint, planned, licences, pushing.replace_card, progress)
-    return push(planned, api, card=card, options=options, progress=progress, record=_record(paths))
+    cards = Cards(how, api.endpoint, planned, licences, pushing.replace_card, progress)
+    return push(planned, api, card=cards, options=options, progress=progress, record=_record(paths))
 
 
 def check_ready(
@@ -114,8 +124,11 @@ def check_ready(
     if account is None:
         raise refusals.no_token(api.endpoint)
     namespace = how.repo.partition("/")[0]
-    if account.read_only or ("{" not in namespace and namespace not in account.namespaces):
-        raise refusals.may_not_write(Place(api, how.repo, "", account.name, account.namespaces))
+    theirs = {name.lower() for name in account.namespaces}
+    foreign = "{" not in namespace and namespace.lower() not in theirs
+    if account.read_only or (foreign and not how.create_pr):
+        writable = () if account.read_only else account.namespaces
+        raise refusals.may_not_write(Place(api, how.repo, "", account.name, writable))
     known = origin(made.source, made.checkpoint, made.graph, "")
     blockers = _licences([known], how, api)[known.fingerprint].blockers
     if blockers:
@@ -146,6 +159,15 @@ def _folders(path: Path) -> Iterator[Path]:
     yield from inside
 
 
+def _broken_gates(folder: Path, name: str) -> list[str]:
+    """What the report of the conversion says of limits that this target breaks; nothing without a report."""
+    try:
+        found = json.loads((folder.resolve().parent / "report.json").read_text("utf-8"))
+        return [str(line) for line in found["broken_gates"] if str(line).startswith(f"{name}: ")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _record(paths: Sequence[Path]) -> Path:
     """Where it is noted what was published: in the folder of the conversion."""
     first = paths[0].resolve()
@@ -166,14 +188,40 @@ def _licences(origins: Sequence[Origin], how: Publish, api: HfApi) -> dict[str, 
     found: dict[str, Licence] = {}
     for source in origins:
         if source.fingerprint not in found:
-            found[source.fingerprint] = judge(source, how, endpoint=api.endpoint, gated=_gated(source, api))
+            known = dataclasses.replace(source, card=source.card or _card(source, how, api))
+            found[source.fingerprint] = judge(known, how, endpoint=api.endpoint, gated=_gated(source, api))
     return found
 
 
-def _gated(source: Origin, api: HfApi) -> bool:
-    """Whether the Hub gives access to the source on terms; taken as no where it cannot be asked."""
+def _card(source: Origin, how: Publish, api: HfApi) -> Mapping[str, Any]:
+    """The card of a source beside which none lay: it was in a sub-folder, or in a cache without its card.
+
+    HubError where the Hub does not tell it, and the person no licence: one that is not known is not none.
+    """
+    if not source.on_hub:
+        return {}
+
+    def ask() -> Mapping[str, Any]:
+        try:
+            return card.read(Path(api.hf_hub_download(source.id, README, revision=source.revision)))
+        except RemoteEntryNotFoundError:
+            return {}
+
+    try:
+        return card.inherited(problems.attempt(ask, repository(source.id, source.revision, api)))
+    except HubError as error:
+        if how.license is not None:
+            return {}
+        raise HubError(
+            f"The licence of {source.id} is not known. {error.message}",
+            remedy="try again later, or say it with --license ID (publish.license)",
+        ) from error
+
+
+def _gated(source: Origin, api: HfApi) -> bool | None:
+    """Whether the Hub gives access to the source on terms; None where it does not tell."""
     if not source.on_hub:
         return False
     with contextlib.suppress(*problems.CLIENT_ERRORS):
         return bool(api.model_info(source.id, revision=source.revision, timeout=_TIMEOUT).gated)
-    return False
+    return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
+from quantkit.checkpoint.folder import CONFIG
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RecipeError, UnsupportedError, UsageError
 from quantkit.hub.fetch import Source
@@ -30,6 +31,7 @@ from quantkit.run.manifest import origin, versions
 from quantkit.run.progress import SILENT, Progress
 from quantkit.run.proof import Made, Proof, prove
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized
+from quantkit.run.streams import sha256_file
 from quantkit.run.survey import Found, schemes_for, survey
 from quantkit.run.table import Table
 
@@ -104,22 +106,24 @@ def repack(
     output: Path | None = None,
     *,
     on_exists: str = "resume",
+    name: str | None = None,
     progress: Progress = SILENT,
 ) -> Repacked:
     """Store the quantized checkpoint `source` as `to`: ``FORMAT[:SCHEME]`` or ``gguf:q4_0`` and the like.
 
-    Without `output` the result lies beside the source. UsageError when the source is not quantized,
+    Without `output` the result lies beside the source. `name` is what the source is called, where that is not
+    its folder's name. UsageError when the source is not quantized,
     UnsupportedError with the reasons when a value would change, VerifyError when one did.
     """
     checkpoint = Checkpoint.open(source.parent if source.suffix == ".gguf" else source)
     quantized = open_quantized(checkpoint)
     if quantized is None:
         raise UsageError(
-            f"`{source}` is not quantized: there are no codes to move",
-            remedy=f"quantize it: quantkit convert {source} --to {to}",
+            f"`{name or source}` is not quantized: there are no codes to move",
+            remedy=f"quantize it: quantkit convert {name or source} --to {to}",
         )
     _check_inputs(quantized)
-    progress.step("plan", f"{source.name} → {to}")
+    progress.step("plan", f"{name or source.name} → {to}")
     view = dequantized(quantized)
     graph = build_graph(view)
     found = survey(quantized, graph)
@@ -133,8 +137,9 @@ def repack(
         made.write(partial)
         progress.step("verify", made.name)
         proof = prove(quantized, view, graph, made.values(partial))
-        result = _result(source, folder, view, found, made, proof)
-        write_manifest(partial, _manifest(view, graph, made, result, key))
+        called = name or source.resolve().name
+        result = _result(called, folder, view, found, made, proof)
+        write_manifest(partial, _manifest(view, graph, made, result, key, progress))
     progress.finish()
     return result
 
@@ -158,12 +163,12 @@ def _plan(
 
 
 def _result(
-    source: Path, folder: Path, view: Dequantized, found: Sequence[Found], made: Made, proof: Proof
+    source: str, folder: Path, view: Dequantized, found: Sequence[Found], made: Made, proof: Proof
 ) -> Repacked:
     moved = Counter((f.name, made.scheme_name(f.weight.key)) for f in found)
     loads, notes = made.engines()
     return Repacked(
-        source=source.resolve().name,
+        source=source,
         target=made.name,
         folder=folder,
         size_bytes=made.size_bytes,
@@ -197,8 +202,10 @@ def _beside(source: Path, to: str) -> Path:
     return path.with_name(f"{path.name}-{to.strip().lower().replace(':', '-')}")
 
 
-def _manifest(view: Dequantized, graph: ModelGraph, made: Made, result: Repacked, key: str) -> Manifest:
-    """That of the source where there is one: the values are the same, so is what was measured."""
+def _manifest(
+    view: Dequantized, graph: ModelGraph, made: Made, result: Repacked, key: str, progress: Progress
+) -> Manifest:
+    """That of the source where there is one: the values are the same, so is what was measured of them."""
     bits = made.size_bytes * 8 / parameters(view, graph)
     known = find_manifest(view.path)
     if known is None:
@@ -223,6 +230,9 @@ def _manifest(view: Dequantized, graph: ModelGraph, made: Made, result: Repacked
             recipe="",
             versions=versions(),
         )
+    elif known.quality and not _as_measured(view.path, known):
+        progress.warn(f"what was measured is left out: the files of `{view.path}` changed since")
+        known = replace(known, quality=())
     return replace(
         known,
         key=key,
@@ -237,3 +247,9 @@ def _manifest(view: Dequantized, graph: ModelGraph, made: Made, result: Repacked
         notes=result.notes,
         repacked=result.to_json(),
     )
+
+
+def _as_measured(folder: Path, known: Manifest) -> bool:
+    """Whether weights and configuration are those that the manifest was written for."""
+    told = {n: s for n, s in known.files.items() if n == CONFIG or n.endswith(".safetensors")}
+    return all((folder / n).is_file() and sha256_file(folder / n) == s.sha256 for n, s in told.items())

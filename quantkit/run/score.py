@@ -152,7 +152,7 @@ class _Model:
     """A checkpoint that is run over windows of text; what it says is in `root` until it is closed."""
 
     def __init__(self, source: Source, device: Device, root: Path) -> None:
-        self.name = source.name
+        self.name = source.label
         self.checkpoint = checkpoint = open_source(source.path)
         self._format, self._runs, self._size = "float", Runs(), checkpoint.size_bytes
         match checkpoint:

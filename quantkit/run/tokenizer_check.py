@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
-
-from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
+from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer, render
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.gguf.vocabulary.identity import same_ids
@@ -31,7 +29,9 @@ def check_tokenizer(report: Verification, own: Checkpoint, source: Checkpoint | 
     if tokenizer is not None:
         check_template(report, tokenizer, ours=ours)
     if tokenizer is None or expected is None:
-        if (tokenizer is None) != (expected is None) and source is not None:
+        if source is None and why is not None:
+            report.notes.append(f"tokens were not looked at: {why}")
+        elif (tokenizer is None) != (expected is None) and source is not None:
             report.notes.append(f"tokens were not compared: {why or why_not}")
         return
     _compare(report, tokenizer, expected, report.problems if ours else report.notes)
@@ -68,10 +68,10 @@ def check_template(report: Verification, tokenizer: Tokenizer, *, ours: bool) ->
     if not tokenizer.chat_template:
         return
     try:
-        tokenizer.apply_chat_template(_TALK, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        render(_TALK, tokenizer, answer=True)
+    except SourceError as error:
         said = report.problems if ours else report.notes
-        said.append(f"its chat template does not render: {type(error).__name__}: {error}")
+        said.append(f"its chat template does not render: {error.message}")
     else:
         report.checks["chat template"] = "renders"
 

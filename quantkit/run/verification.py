@@ -38,6 +38,7 @@ class Verification:
     notes        what could not be looked at, and what explains a difference
     differences  quantized weights beside the source's, when there was one
     engines      what engines make of the files
+    label        what to call it, None: by the name of its folder or file
     """
 
     path: Path
@@ -46,6 +47,11 @@ class Verification:
     notes: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     engines: list[Check] = field(default_factory=list)
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.label or self.path.resolve().name
 
     @property
     def sound(self) -> bool:
@@ -59,7 +65,7 @@ class Verification:
         return {
             "schema": "quantkit/verify/1",
             "status": "ok" if self.sound else "damaged",
-            "name": self.path.resolve().name,
+            "name": self.name,
             "checks": dict(self.checks),
             "problems": list(self.problems),
             "notes": list(self.notes),
@@ -70,7 +76,7 @@ class Verification:
     def tables(self) -> list[Table]:
         count = len(self.problems)
         verdict = "sound" if self.sound else f"{count:,} problem{'s' if count > 1 else ''}"
-        title = f"{self.path.resolve().name} · {verdict}"
+        title = f"{self.name} · {verdict}"
         rows = (*self.checks.items(), *((check.engine, engine_line(check)) for check in self.engines))
         tables = [Table(title, ("check", "found"), rows, tuple(self.notes), tuple(self.problems))]
         if self.differences:

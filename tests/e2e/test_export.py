@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from quantkit.cli.main import run
 from quantkit.errors import QuantkitError, UnsupportedError, UsageError
 from quantkit.gguf.container import read
 from quantkit.run.quantized import dequantized, open_quantized
+from tests.cards import quality
 from tests.e2e.conftest import write_tokenizer
 from tests.models import save_tiny, tiny_model
 
@@ -391,3 +393,27 @@ def test_models_and_tokenizers_that_gguf_cannot_hold(quantized: Quantized, tmp_p
         quantkit.export(quantized("gptq:w4g32@method=rtn"), "gguf:q4_0", tmp_path / "no")
     with pytest.raises(QuantkitError, match="tokenizer of the type"):
         quantkit.export(quantized("gptq:w4g32@method=rtn", "olmo2"), "gguf:q4_0", tmp_path / "no")
+
+
+def test_what_was_measured_of_other_files_is_left_out(quantized: Quantized, tmp_path: Path) -> None:
+    start = quantized("gptq:w4g32@method=rtn")
+    told = json.loads((start / "quantkit.json").read_text())
+    told["quality"] = [quality().to_json()]
+
+    def exported(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Any:
+        folder = edit(start, tmp_path / name, change)
+        (folder / "quantkit.json").write_text(json.dumps(told))
+        return quantkit.export(folder, "awq", tmp_path / f"{name}-awq")
+
+    def nothing(tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def louder(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[next(name for name in tensors if name.endswith("scales"))] *= 8
+
+    told["files"]["model.safetensors"]["sha256"] = hashlib.sha256(
+        (edit(start, tmp_path / "saved", nothing) / "model.safetensors").read_bytes()
+    ).hexdigest()
+    for name, change, kept in (("same", nothing, 1), ("changed", louder, 0)):
+        made = exported(name, change)
+        assert len(json.loads((made.folder / "quantkit.json").read_text())["quality"]) == kept

@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from quantkit import resources
-from quantkit.errors import VerifyError
 from quantkit.gguf import container
 from quantkit.gguf.vocabulary import count, reference, vocabulary
-from quantkit.gguf.vocabulary.identity import SPACED, TEXTS, Difference, llama_encoder, same_ids
+from quantkit.gguf.vocabulary.identity import SPACED, TEXTS, Difference
 from quantkit.gguf.vocabulary.known import NAMES as KNOWN
+from quantkit.run.llama_tokens import llama_differences
 
 pytestmark = [
     pytest.mark.interop,
@@ -124,9 +124,9 @@ def differences(folder: Path, path: Path | None = None) -> list[Difference]:
     path = path or folder / "vocabulary.gguf"
     metadata = vocabulary(folder, count(folder) + 3)
     container.write(path, "llama", {**MODEL, **metadata}, [], [])
-    encode = llama_encoder(path)
-    assert encode is not None
-    return same_ids(reference(folder), encode)
+    found, refused = llama_differences(path, reference(folder))
+    assert found is not None, refused
+    return found
 
 
 def plain(found: Sequence[Difference]) -> list[str]:
@@ -225,14 +225,13 @@ def test_a_wrong_name_is_found_out(tmp_path: Path) -> None:
     path = tmp_path / "wrong.gguf"
     metadata = {**vocabulary(tmp_path, count(tmp_path)), "tokenizer.ggml.pre": "gpt-2"}
     container.write(path, "llama", {**MODEL, **metadata}, [], [])
-    encode = llama_encoder(path)
-    assert encode is not None
-    found = same_ids(reference(tmp_path), encode)
+    found, _ = llama_differences(path, reference(tmp_path))
+    assert found is not None
     assert any("DON'T" in difference.text for difference in found if not difference.edge)
     assert "in the source" in str(found[0])
     path.write_bytes(b"GGUF")
-    with pytest.raises(VerifyError, match="does not load the vocabulary"):
-        llama_encoder(path)
+    found, refused = llama_differences(path, reference(tmp_path))
+    assert found is None and refused is not None and "does not load the vocabulary" in refused
 
 
 def test_llama_cpp_knows_every_name_in_the_table(tmp_path: Path) -> None:
@@ -241,7 +240,8 @@ def test_llama_cpp_knows_every_name_in_the_table(tmp_path: Path) -> None:
     for name in sorted(set(KNOWN.values())):
         path = tmp_path / f"{name}.gguf"
         container.write(path, "llama", {**metadata, "tokenizer.ggml.pre": name}, [], [])
-        assert llama_encoder(path) is not None
+        found, refused = llama_differences(path, reference(tmp_path))
+        assert found is not None, refused
 
 
 @pytest.mark.parametrize("name", ["demo-llama", "wiki-llama-7m"])

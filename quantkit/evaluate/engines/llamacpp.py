@@ -40,6 +40,12 @@ def logits(request: Request) -> npt.NDArray[np.float32]:
         return llama.logits(request.ids)
 
 
+def tokens(request: Request) -> list[list[int]]:
+    """Of each text, by the vocabulary of the file alone."""
+    with opened(Path(request.path), vocabulary_only=True) as llama:
+        return [llama.tokenize(text, special=True) for text in request.texts]
+
+
 @dataclass(frozen=True, slots=True)
 class Llama:
     """A file that llama.cpp has loaded, and one sequence of tokens of it."""

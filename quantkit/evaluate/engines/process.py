@@ -6,6 +6,7 @@ and several of them change Transformers for whoever imports them. None of that r
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.evaluate.engines.request import Answer, Request, logits_file
+from quantkit.evaluate.engines.request import Answer, Request, logits_file, tokens_file
 
 _WORKER = "quantkit.evaluate.engines.worker"
 # of the last lines of what it printed
@@ -44,23 +45,43 @@ def ask(request: Request) -> tuple[Answer, npt.NDArray[np.float32] | None]:
 
     Whatever becomes of the engine is in the answer: no error of it is raised.
     """
+    with _room() as room:
+        answer = _answer(request, room)
+        found = answer.problem is None
+        return answer, np.load(logits_file(room), allow_pickle=False) if found else None
+
+
+def ask_tokens(request: Request) -> tuple[Answer, list[list[int]] | None]:
+    """As `ask`, for the ids of each text of the request."""
+    with _room() as room:
+        answer = _answer(request, room)
+        return answer, json.loads(tokens_file(room).read_text("utf-8")) if answer.problem is None else None
+
+
+@contextmanager
+def _room() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="quantkit-engine-") as folder:
-        room = Path(folder)
-        request.write(room)
-        output = room / "output.txt"
-        try:
-            with output.open("wb") as said, _started(request, room, said.fileno()) as process:
-                code = process.wait(request.seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        except OSError as error:
-            return Answer("starting", problem=f"no process could be started for it: {error.strerror}"), None
-        answer = Answer.read(room) or Answer("starting")
-        if code == 0 and answer.stage == "done":
-            return answer, np.load(logits_file(room), allow_pickle=False)
-        problem = answer.problem or f"{_end(code, request.seconds)}{_tail(output)}"
-        starved = answer.starved or code == -signal.SIGKILL
-        return replace(answer, problem=_told(problem, request), starved=starved), None
+        yield Path(folder)
+
+
+def _answer(request: Request, room: Path) -> Answer:
+    """Run the engine; without a problem, it is done and what it made lies in `room`."""
+    request.write(room)
+    output = room / "output.txt"
+    try:
+        with output.open("wb") as said, _started(request, room, said.fileno()) as process:
+            code = process.wait(request.seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    except OSError as error:
+        return Answer("starting", problem=f"no process could be started for it: {error.strerror}")
+    answer = Answer.read(room) or Answer("starting")
+    if code == 0 and answer.stage == "done":
+        return answer
+    problem = answer.problem or f"{_end(code, request.seconds)}{_tail(output)}"
+    starved = answer.starved or code == -signal.SIGKILL
+    told = _told(problem, request)
+    return replace(answer, problem=told, starved=starved, late=code is None)
 
 
 @contextmanager

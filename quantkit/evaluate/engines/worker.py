@@ -7,6 +7,7 @@ what is known outlives a crash. Nothing is caught: an error ends the process, an
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import traceback
 from dataclasses import replace
@@ -18,7 +19,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.engines.memory import Peak, kill_first
-from quantkit.evaluate.engines.request import Answer, Request, logits_file
+from quantkit.evaluate.engines.request import Answer, Request, logits_file, tokens_file
 
 _STARVED = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to allocate")
 
@@ -33,6 +34,10 @@ def main(folder: str) -> None:
     version = engine.begin(request)
     peak = Peak()
     Answer("loading", version).write(room)
+    if request.texts:
+        tokens_file(room).write_text(json.dumps(engine.tokens(request)), "utf-8")
+        Answer("done", version).write(room)
+        return
     found = engine.logits(request)
     taken = engine.peak_bytes(request) if request.device != "cpu" else None
     np.save(logits_file(room), np.ascontiguousarray(found, dtype=np.float32), allow_pickle=False)

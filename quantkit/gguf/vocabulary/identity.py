@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import unicodedata
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from quantkit.calibrate.tokenizer import Tokenizer
-from quantkit.errors import VerifyError
 from quantkit.gguf.vocabulary.rules import Rules
 from quantkit.gguf.vocabulary.splits import CASED, pattern_of
 
@@ -66,6 +61,11 @@ class Difference:
         return f"{self.text[:40]!r}: token {at} on is {list(ours)} in the source, {list(theirs)} in the file"
 
 
+def texts_for(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What `same_ids` tries."""
+    return tuple(text for text, _ in _texts(tokenizer))
+
+
 def same_ids(tokenizer: Tokenizer, encode: Encode) -> list[Difference]:
     """Texts that `encode`, without tokens around them, gives other ids than `reference` of the source."""
     found = []
@@ -74,50 +74,6 @@ def same_ids(tokenizer: Tokenizer, encode: Encode) -> list[Difference]:
         if (other := tuple(encode(text))) != expected:
             found.append(Difference(text, expected, other, edge))
     return found
-
-
-def llama_encoder(path: Path) -> Encode | None:
-    """llama.cpp's tokenizer of a GGUF file, None where llama-cpp-python is not installed.
-
-    VerifyError when it refuses the file.
-    """
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError):
-        return None
-    options = llama_cpp.llama_model_default_params()
-    options.vocab_only = True
-    with _quiet():
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
-    if not model:
-        raise VerifyError(
-            f"llama.cpp does not load the vocabulary of `{path}`",
-            remedy="the installed llama-cpp-python may be older than the file's tokenizer: upgrade it",
-        )
-    words = llama_cpp.llama_model_get_vocab(model)
-
-    def encode(text: str) -> list[int]:
-        data = text.encode()
-        # a byte becomes a token at most, and a part between special tokens gets one space
-        room = 2 * len(data) + 1
-        ids = (llama_cpp.llama_token * room)()
-        number = llama_cpp.llama_tokenize(words, data, len(data), ids, room, False, True)
-        return list(ids[:number])
-
-    weakref.finalize(encode, llama_cpp.llama_model_free, model)
-    return encode
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """llama.cpp tells all it loads, through a logger that llama-cpp-python reads the level of."""
-    logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _texts(tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:

@@ -31,6 +31,7 @@ def facts(page: Page) -> str:
     """Bullets that hold for all variants, and one per variant where they differ."""
     lines = [f"Source: {source_line(page)}"]
     lines += _grouped(page, "Made with", _versions)
+    lines += _grouped(page, "Moved", _moved)
     lines += _grouped(page, "Method", _method)
     lines += _grouped(page, "Calibration", _calibration)
     lines += _grouped(page, "Help", _help)
@@ -88,7 +89,8 @@ def recipes(page: Page) -> str:
     """Every recipe verbatim, folded; equal ones once."""
     groups: dict[str, list[str]] = {}
     for variant, label in zip(page.listed, page.labels(), strict=True):
-        groups.setdefault(variant.manifest.recipe, []).append(label)
+        if variant.manifest.recipe:
+            groups.setdefault(variant.manifest.recipe, []).append(label)
     parts = []
     for recipe, labels in groups.items():
         of = f" of {_html(', '.join(labels))}" if len(page.listed) > 1 else ""
@@ -111,6 +113,19 @@ def _versions(variant: Variant) -> str:
     made = variant.manifest
     used = [f"{name} {version}" for name, version in made.versions.items() if name != "quantkit"]
     return text(", ".join([f"quantkit {made.quantkit}", *used]))
+
+
+def _moved(variant: Variant) -> str:
+    """Of what export made: the recipe makes what it was made from."""
+    told = variant.manifest.repacked
+    if told is None:
+        return ""
+    source = code(str(told.get("source")))
+    of = f"; the recipe is that of {source}" if variant.manifest.recipe else ""
+    return (
+        f"by `quantkit export` from {source}: codes and scales are stored in another format, every value the "
+        f"same in every bit{of}"
+    )
 
 
 def _method(variant: Variant) -> str:
@@ -151,8 +166,9 @@ def _calibration(variant: Variant) -> str:
         parts.append(f"{rows * length:,} tokens ({rows:,} rows of {length:,})")
     sources = known.get("sources") or []
     named = [
-        f"{code(_base(str(s['name'])))} ({s['rows']:,} rows, licence: {text(str(s['licence']))})"
+        f"{code(_base(str(s.get('name'))))} ({s['rows']:,} rows, licence: {text(str(s.get('licence')))})"
         for s in sources
+        if isinstance(s, Mapping) and isinstance(s.get("rows"), int)
     ]
     parts += [f"of {', '.join(named)}"] if named else []
     parts += [_seed(variant)] if "rows" in known else []

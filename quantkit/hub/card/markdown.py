@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
 _SPECIAL = re.compile(r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])")
+_ENDS = re.compile(r"[\s<>\\|]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -26,8 +28,9 @@ def code(value: str, *, in_table: bool = False) -> str:
 
 
 def link(label: str, address: str) -> str:
-    """A link; `label` is Markdown already, `address` is quoted."""
-    return f"[{label}](<{address}>)" if re.search(r"[()\s]", address) else f"[{label}]({address})"
+    """A link; `label` is Markdown already. What could end the address, or the line, is quoted."""
+    address = _ENDS.sub(lambda found: quote(found[0]), address)
+    return f"[{label}](<{address}>)" if re.search(r"[()]", address) else f"[{label}]({address})"
 
 
 def fenced(value: str, language: str = "") -> str:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import SourceError, UnsupportedError, VerifyError
+from quantkit.errors import SourceError, UnsupportedError
 from quantkit.gguf.blocks import unpack
 from quantkit.gguf.container import Opened, open_file
 from quantkit.gguf.types import TYPES
-from quantkit.gguf.vocabulary.identity import llama_encoder, same_ids
 from quantkit.hub.manifest import MANIFEST
 from quantkit.run.coverage_check import check_gguf_coverage
 from quantkit.run.gguf_source.opening import open_gguf, tokenizer_folder
 from quantkit.run.gguf_source.view import FLOATS, GgufCheckpoint
+from quantkit.run.llama_tokens import llama_differences
 from quantkit.run.progress import Progress
 from quantkit.run.tokenizer_check import check_template
 from quantkit.run.verification import Verification, compare, compare_rest, floats_of, nonfinite
@@ -78,19 +78,18 @@ def _check_stored(report: Verification, opened: Opened) -> bool:
 def _check_tokens(report: Verification, view: GgufCheckpoint, source: Checkpoint | None) -> None:
     """llama.cpp, where it is there, gives texts the tokens of the source, without one those that are read."""
     try:
-        encode = llama_encoder(view.path)
         tokenizer = load_tokenizer(tokenizer_folder(view if source is None else source))
-    except VerifyError as error:
-        report.problems.append(error.message)
-        return
     except (SourceError, UnsupportedError) as error:
         report.notes.append(f"tokens were not compared: {error.message}")
         return
     _check_template(report, view, tokenizer)
-    if encode is None:
+    other, refused = llama_differences(view.path, tokenizer)
+    if refused is not None:
+        report.problems.append(refused)
+        return
+    if other is None:
         report.notes.append("tokens were not compared: llama-cpp-python is not installed")
         return
-    other = same_ids(tokenizer, encode)
     report.problems += [f"llama.cpp makes other tokens: {found}" for found in other if not found.edge]
     edges = sum(found.edge for found in other)
     what = "the source" if source is not None else "its tokens as Transformers reads them"

@@ -146,7 +146,8 @@ def test_the_list_of_options_is_deliberate() -> None:
         "--recipe", "--to", "--rule", "--set", "--print-recipe", "--output", "--on-exists", "--shard-size",
         "--calib", "--calib-rows", "--calib-length", "--calib-seed", "--imatrix", "--eval", "--eval-style",
         "--eval-chunks", "--no-eval", "--no-engine", "--repo", "--device", "--max-memory", "--dtype",
-        "--offline", "--cache-dir", "--json", "--progress", "--quiet", "--verbose", "--no-color", "--log-file",
+        "--offline", "--cache-dir", "--json", "--progress", "--quiet", "--verbose", "--no-color",
+        "--log-file",
     }  # fmt: skip
     assert names("plan") == shared
     assert names("convert") == shared | {

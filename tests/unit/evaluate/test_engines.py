@@ -65,7 +65,7 @@ def test_memory_that_ran_out(how: str, problem: str, asked: Ask) -> None:
 
 def test_an_engine_that_never_ends_is_ended_with_all_it_started(asked: Ask, tmp_path: Path) -> None:
     answer, _ = asked("hang", seconds=2.0)
-    assert answer.problem == "it gave no answer within 2 s" and answer.stage == "loading"
+    assert answer.problem == "it gave no answer within 2 s" and answer.stage == "loading" and answer.late
     started = Path(f"/proc/{(tmp_path / 'hang').read_text()}/status")
     assert not started.exists() or "State:\tZ" in started.read_text()
 

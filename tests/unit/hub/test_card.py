@@ -496,3 +496,29 @@ def test_problems_name_the_line(old: str, new: str, says: str) -> None:
 def test_no_metadata_is_a_problem(text: str) -> None:
     (problem,) = metadata.problems(text)
     assert problem.startswith("README.md:") and "front matter" in problem
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://x>) **[login](https://evil.example)** <!--",
+        "https://x/<b>",
+        "https://x y",
+        "https://x\n\n# y",
+    ],
+)
+def test_an_address_of_a_stranger_stays_one(address: str) -> None:
+    shown = markdown.link("terms", address)
+    assert not re.search(
+        r"[\s<>]", shown.removeprefix("[terms](<").removesuffix(">)").removeprefix("[terms](")
+    )
+    licence = dataclasses.replace(cards.LICENCE, id="other", name="own", link=address)
+    line = render(cards.page(licence=licence)).partition("## Licence\n\n")[2].splitlines()[0]
+    assert line.startswith("Licence: other ([own](") and "<!--" not in line
+
+
+def test_what_export_made_says_so() -> None:
+    made = cards.manifest(repacked={"source": "gptq-w4g32", "target": "awq-w4g32"})
+    text = render(cards.page(cards.variant(made)))
+    assert "Moved: by `quantkit export` from `gptq-w4g32`" in text
+    assert "Moved" not in render(cards.page())

@@ -171,7 +171,7 @@ def test_names_that_begin_as_they_must() -> None:
 )
 def test_gated_sources(front: str, told: bool) -> None:
     found = judge(origin(front), publish(), gated=told)
-    assert found.gated and "gated: auto" in found.warnings[0] and found.blockers == ()
+    assert found.gated and found.warnings == () and found.blockers == ()
     assert not judge(origin("license: mit"), publish()).gated
 
 
@@ -181,7 +181,9 @@ def test_a_folder_without_a_card() -> None:
     (blocker,) = judge(folder(), publish(license="mit")).blockers
     assert "--base-model ID" in blocker and "--license ID" not in blocker
     assert judge(folder(), publish(license="mit", base_model="org/base")).blockers == ()
-    assert judge(folder(), publish(visibility="private")).blockers == ()
+    for visibility in ("private", None):  # one that is there may be public, whatever was asked for
+        found = judge(folder(), publish(visibility=visibility))
+        assert found.blockers == () and "--base-model ID" in found.blockers_if_public[0]
     assert len(judge(folder(), publish(visibility="private-then-public")).blockers) == 1
 
 
@@ -216,3 +218,11 @@ def test_it_needs_no_torch() -> None:
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_gate_that_nobody_could_ask_for() -> None:
+    found = judge(origin("license: mit"), publish(), gated=None)
+    assert not found.gated
+    assert found.warnings == ("whether access to org/model is gated is not known: the Hub did not tell",)
+    known = judge(origin("license: mit\nextra_gated_prompt: please"), publish(), gated=None)
+    assert known.gated and known.warnings == ()

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from quantkit.calibrate.statistics import Need, nbytes
 from quantkit.errors import UsageError
 from quantkit.model.graph import Site, Weight
-from quantkit.run.budget import available, compute_dtype, device, waves
+from quantkit.run.budget import available, compute_dtype, container_left, device, waves
 
 CPU = torch.device("cpu")
 
@@ -71,3 +73,22 @@ def test_dtypes_of_the_forward_pass() -> None:
 
 def test_some_memory_is_free() -> None:
     assert available(CPU) > 1 << 20
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_counts(version: int, tmp_path: Path) -> None:
+    names = ("memory.max", "memory.current", "memory.stat")
+    if version == 1:
+        names = tuple(f"memory/memory.{n}" for n in ("limit_in_bytes", "usage_in_bytes", "stat"))
+        (tmp_path / "memory").mkdir()
+    cached = "inactive_file 300" if version == 2 else "inactive_file 7\ntotal_inactive_file 300"
+    for name, text in zip(names, ("1000\n", "800\n", f"anon 5\n{cached}\nother 1\n"), strict=True):
+        (tmp_path / name).write_text(text)
+    assert container_left(tmp_path) == 500
+
+
+def test_no_limit_and_no_container(tmp_path: Path) -> None:
+    assert container_left(tmp_path) is None
+    for name, text in (("memory.max", "max\n"), ("memory.current", "1\n"), ("memory.stat", "")):
+        (tmp_path / name).write_text(text)
+    assert container_left(tmp_path) is None

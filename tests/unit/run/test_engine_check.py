@@ -305,6 +305,26 @@ def test_what_was_not_looked_at_is_told_and_not_kept(
     assert not (folder / "checks.json").exists()
 
 
+def test_an_engine_that_is_too_slow_here_says_nothing_about_the_files(
+    fake: Fake, source: Path, tmp_path: Path
+) -> None:
+    fake.answer = Answer("loading", "9.9", "it gave no answer within 300 s", late=True)
+    folder, told = shutil.copytree(source, tmp_path / "target"), Told()
+    assert check_target(folder, "key", progress=told) == ()
+    (said,) = told.warnings
+    assert said.endswith("not run in transformers to the end: it gave no answer within 300 s")
+    assert not (folder / "checks.json").exists()
+
+
+def test_what_was_not_sound_is_looked_at_again(fake: Fake, source: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(source, tmp_path / "target")
+    fake.answer = Answer("loading", "9.9", "ImportError: of that day")
+    assert check_target(folder, "key")[0].problem == "ImportError: of that day"
+    fake.answer = Answer("done", "10.0")
+    (again,) = check_target(folder, "key")
+    assert again.problem is None and read_checks(folder, "key") == (again,)
+
+
 # ------------------------------------------------------------------------------------------ the real engine
 def ignore_a_weight(folder: Path) -> None:
     """The engine takes the module for one of floats, and finds no weight for it; quantkit reads it."""

@@ -297,3 +297,24 @@ def test_damaged_files_are_given_to_no_engine(made: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(whole, "check_engine", lambda path, **_: pytest.fail("it was run"))
     (made / "model.safetensors").write_bytes(b"x" * 100)
     assert "no engine was run: it is not for damaged files" in whole.verify(made).notes
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"])
+def test_a_template_that_fails_as_programs_do(worded: tuple[Path, Path], template: str) -> None:
+    made, _ = worded
+    (made / "chat_template.jinja").write_text(template)
+    (problem,) = verify(made).problems
+    assert problem.startswith("its chat template does not render: ") and "Error: " in problem
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000])
+def test_a_tokenizer_that_does_not_load_is_told(worded: tuple[Path, Path], text: str) -> None:
+    made, _ = worded
+    (made / "tokenizer.json").write_text(text)
+    assert any(note.startswith("tokens were not looked at: cannot load") for note in verify(made).notes)
+
+
+def test_a_manifest_that_is_nested_too_deeply(worded: tuple[Path, Path]) -> None:
+    made, _ = worded
+    (made / "quantkit.json").write_text("[" * 200_000)
+    assert any("is not what quantkit writes: RecursionError" in p for p in verify(made).problems)
