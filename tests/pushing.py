@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.hub.client import connect
 from quantkit.hub.manifest import Manifest
 from quantkit.hub.push.publication import Publication, publications
+from quantkit.hub.push.published import PICTURE
 from quantkit.hub.push.push import Pushed, push
 from quantkit.hub.push.remote import RemoteState
 from quantkit.hub.push.session import Options
@@ -31,7 +32,7 @@ def card(publication: Publication, remote: RemoteState) -> Mapping[str, bytes]:
     text = (
         f"---\nlicense: apache-2.0\n---\n{publication.name}\n" + "\n".join(lines) + "\n<!-- own -->\n" + own
     )
-    return {"README.md": text.encode(), "report/plot.png": b"\x89PNG\0" + ",".join(sorted(names)).encode()}
+    return {"README.md": text.encode(), PICTURE: b"\x89PNG\0" + ",".join(sorted(names)).encode()}
 
 
 @dataclass
@@ -80,7 +81,7 @@ def sound(hub: HubServer, repo: str, targets: Targets, revision: str = "main") -
         for name, told in made.files.items():
             path = next(path for path in found if path == name or path.endswith(f"/{name}"))
             assert hashlib.sha256(hub.repo(repo).read(path, revision)).hexdigest() == told.sha256
-    for path in ("README.md", "quantkit.json", "SHA256SUMS", "report/plot.png"):
+    for path in ("README.md", "quantkit.json", "SHA256SUMS", PICTURE):
         assert path in found
     for line in hub.repo(repo).read("SHA256SUMS", revision).decode().splitlines():
         digest, _, path = line.partition("  ")

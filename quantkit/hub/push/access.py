@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub.push import refusals
-from quantkit.hub.push.difference import Row, nothing_to_do
+from quantkit.hub.push.difference import Row, counted, nothing_to_do
 from quantkit.hub.push.patience import Patience
 from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.refusals import FAILURES, Place
@@ -44,7 +44,7 @@ def allowed(
         if publication.create_pr:
             yield UsageError(
                 f"{publication.repo} is not there, or not for {account.name}: no pull request can be opened",
-                remedy="leave out create_pr to make it, or check the name",
+                remedy="leave out --create-pr (publish.create_pr) to make it, or check the name",
             )
         elif namespace.lower() not in {name.lower() for name in account.namespaces}:
             yield refusals.may_not_write(place)
@@ -52,7 +52,8 @@ def allowed(
         yield from _may_write(session, place)
     if publication.branch is not None and publication.branch in remote.tags:
         yield UsageError(
-            f"{publication.repo} has a tag '{publication.branch}'", remedy="give the branch another name"
+            f"{publication.repo} has a tag '{publication.branch}'",
+            remedy="give another name to --branch (publish.branch)",
         )
 
 
@@ -62,12 +63,14 @@ def tagged(publication: Publication, remote: RemoteState, rows: tuple[Row, ...])
     if tag is None or publication.create_pr:
         return
     if tag in remote.branches:
-        yield UsageError(f"{publication.repo} has a branch '{tag}'", remedy="give the tag another name")
+        yield UsageError(
+            f"{publication.repo} has a branch '{tag}'", remedy="give another name to --tag (publish.tag)"
+        )
     known = remote.tags.get(tag)
     if known is not None and (known != remote.head or not nothing_to_do(rows)):
         yield UsageError(
             f"{publication.repo} has a tag '{tag}' at {known[:7]}, which is not what is to be published",
-            remedy="give another `publish.tag`, or delete the tag",
+            remedy="give another --tag (publish.tag), or delete the tag there",
         )
 
 
@@ -79,22 +82,22 @@ def visible(
         return
     is_now = "private" if remote.private else "public"
     wanted = publication.visibility
-    if wanted != "private-then-public" and wanted != is_now:
+    if wanted not in (None, "private-then-public", is_now):
         yield UsageError(
             f"{publication.repo} is {is_now}, {wanted} was asked for",
-            remedy=f"give --yes to publish to it as it is, or set `visibility: {is_now}`",
+            remedy=f"to publish to it as it is, give --visibility {is_now} (publish.visibility) or --yes",
         )
     if wanted == "private-then-public" and remote.private:
-        kept = {path for placed in remote.earlier for path in placed.files} | set(remote.known.files)
+        kept = remote.known.paths.union(*(placed.files for placed in remote.earlier))
         others = [
             row.path for row in rows
-            if row.change == "untouched" and row.path != ".gitattributes" and row.path not in kept
+            if row.change == "untouched" and row.path not in kept
         ]  # fmt: skip
         if others:
             yield UsageError(
-                f"{publication.repo} would become public with {len(others):,} files that quantkit did not "
+                f"{publication.repo} would become public with {counted(len(others))} that quantkit did not "
                 f"put there (first: '{others[0]}')",
-                remedy="give --yes if they may be seen by all, or set `visibility: private`",
+                remedy="give --yes if all may see that, or --visibility private (publish.visibility)",
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from quantkit import __version__
 from quantkit.errors import UsageError
@@ -13,9 +13,6 @@ from quantkit.hub.push import published
 from quantkit.hub.push.publication import Item, Publication, label
 from quantkit.hub.push.remote import RemoteState
 
-SUMS = "SHA256SUMS"
-RECIPE = "recipe.yaml"
-RECIPES = "recipes"
 _MAX_TITLE = 120
 _OURS = re.compile(r"\(quantkit [^()\s]+\)$")
 
@@ -24,11 +21,13 @@ def last(publication: Publication, remote: RemoteState, card: Mapping[str, bytes
     """What is committed once the weights are verified: `card` and what quantkit adds to it."""
     sums = published.sums(publication, remote.earlier, remote.known)
     found = dict(card)
-    added = {MANIFEST: published.compose(publication, remote.earlier, remote.known, remote.changes)}
-    added |= {_recipe(publication, each): each.recipe.encode() for each in publication.targets}
+    added = {_recipe(publication, each): each.recipe.encode() for each in publication.targets}
     if sums:
-        added[SUMS] = "".join(f"{told.sha256}  {path}\n" for path, told in sums.items()).encode()
+        added[published.SUMS] = "".join(f"{told.sha256}  {path}\n" for path, told in sums.items()).encode()
     weights = {item.path_in_repo for item in publication.weights}
+    now = {*weights, *found, *added}
+    left = () if remote.prunes else published.left(remote.known, remote.earlier, now, remote.files)
+    added[MANIFEST] = published.compose(publication, remote.earlier, remote.known, remote.changes, left)
     for path in sorted({*found, *added}):
         if path in weights or (path in found and path in added):
             raise UsageError(
@@ -36,11 +35,6 @@ def last(publication: Publication, remote: RemoteState, card: Mapping[str, bytes
             )
     found |= added
     return tuple(Item(path, content) for path, content in sorted(found.items()))
-
-
-def recipes(publication: Publication, names: Sequence[str]) -> tuple[str, ...]:
-    """Where the recipes of targets with these names lie."""
-    return tuple(f"{RECIPES}/{name}.yaml" for name in names) if publication.several else (RECIPE,)
 
 
 def is_ours(title: str) -> bool:
@@ -68,7 +62,7 @@ def text(publication: Publication, files: Mapping[str, tuple[int, str]]) -> str:
 
 
 def _recipe(publication: Publication, manifest: Manifest) -> str:
-    return recipes(publication, (manifest.name,))[0]
+    return published.recipes((manifest.name,), several=publication.several)[0]
 
 
 def _title(verb: str, publication: Publication) -> str:

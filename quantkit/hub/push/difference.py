@@ -13,7 +13,9 @@ from quantkit.hub.listing import Listed
 from quantkit.hub.manifest import FileSum
 from quantkit.hub.push.publication import Item
 
-Change = Literal["new", "changed", "same", "untouched", "deleted"]
+Change = Literal["new", "replace", "same", "untouched", "delete"]
+SENT: tuple[Change, ...] = ("new", "replace")
+_OF_THE_HUB = ".gitattributes"
 _CHUNK = 1 << 20
 _SMALL = 1 << 25  # what git might hold itself, so both of its hashes are taken in one reading
 
@@ -84,22 +86,27 @@ class Sums:
 
 
 def difference(items: Iterable[Item], listed: Mapping[str, Listed], sums: Sums) -> tuple[Row, ...]:
-    """A row for each of `items`, and one for each other file of the repository."""
+    """A row for each of `items`, and one for each other file there but the Hub's own."""
     rows = []
     mine = set()
     for item in items:
         there = listed.get(item.path_in_repo)
         mine.add(item.path_in_repo)
-        change: Change = "same" if sums.match(item.source, there) else "new" if there is None else "changed"
+        change: Change = "same" if sums.match(item.source, there) else "new" if there is None else "replace"
         was = None if there is None else there.size
         rows.append(Row(item.path_in_repo, change, sums.of(item.source).bytes, was))
-    others = (file for path, file in sorted(listed.items()) if path not in mine)
+    others = (file for path, file in sorted(listed.items()) if path not in {*mine, _OF_THE_HUB})
     return (*rows, *(Row(file.path, "untouched", file.size, file.size) for file in others))
 
 
 def nothing_to_do(rows: tuple[Row, ...]) -> bool:
     """Whether everything is there."""
     return all(row.change in ("same", "untouched") for row in rows)
+
+
+def counted(number: int) -> str:
+    """``1 file``, ``1,200 files``."""
+    return f"{number:,} {'file' if number == 1 else 'files'}"
 
 
 def _state(path: Path) -> tuple[str, int, int]:

@@ -67,7 +67,7 @@ class Patience:
 
     def wait(self, failed: int, error: Exception, place: Place, doing: str) -> None:
         """Before the next try, after `failed` of them."""
-        seconds = max(problems.WAITS[failed - 1], problems._requested_wait(error))
+        seconds = max(problems.WAITS[failed - 1], problems.requested_wait(error))
         status = refusals.status_of(error)
         why = type(error).__name__ if status is None else str(status)
         self.progress.warn(f"{place.repo}: {doing}: {why}; trying again in {seconds:.0f} s")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 
 from quantkit.errors import QuantkitError, UsageError, VerifyError
-from quantkit.hub.manifest import MANIFEST, FileSum
+from quantkit.hub.manifest import FileSum
 from quantkit.hub.push import access, advice, description, published, pull_request
 from quantkit.hub.push.difference import Row, Sums, difference
 from quantkit.hub.push.publication import README, Item, Publication
+from quantkit.hub.push.refusals import in_one_line
 from quantkit.hub.push.remote import RemoteState, look
 from quantkit.hub.push.session import Session
 from quantkit.recipe.sizes import format_size
@@ -32,6 +34,8 @@ class Plan:
     rows          files, by what becomes of them
     last          what describes the weights, as far as it is known before they are there
     pull_request  number of the one that is open for it
+    warnings      what its licence asks for, and what is unusual about that
+    total         how much is to be sent; empty where it is not known
     problems      why it cannot be done
     """
 
@@ -41,19 +45,21 @@ class Plan:
     last: tuple[Item, ...]
     gated: bool
     pull_request: int | None
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    total: str
     problems: tuple[QuantkitError, ...]
 
-    def table(self) -> Table:
-        """For people."""
+    def table(self, said: Collection[str] = ()) -> Table:
+        """For people, without what was `said` to them already."""
         where = f" (pull request {self.pull_request})" if self.pull_request is not None else ""
-        rows = tuple((_word(row), row.path, format_size(row.bytes)) for row in self.rows)
+        rows = tuple((row.change, row.path, format_size(row.bytes)) for row in self.rows)
         return Table(
             f"{self.publication.name}{where}",
             ("", "file", "size"),
             rows,
-            notes=self.notes,
-            blockers=tuple(problem.in_one_line for problem in self.problems),
+            notes=(*(n for n in (*self.warnings, *self.notes) if n not in said), *filter(None, [self.total])),
+            blockers=tuple(text for text in map(in_one_line, self.problems) if text not in said),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -65,15 +71,16 @@ class Plan:
             "head": self.remote.head,
             "pull_request": self.pull_request,
             "files": [{"path": row.path, "change": row.change, "bytes": row.bytes} for row in self.rows],
+            "warnings": list(self.warnings),
             "notes": list(self.notes),
-            "problems": [problem.in_one_line for problem in self.problems],
+            "total": self.total,
+            "problems": [in_one_line(problem) for problem in self.problems],
         }
 
 
 def plan(session: Session, publication: Publication) -> Plan:
     """What would be done, and what stands in the way."""
     place = session.place(publication)
-    notes: list[str] = []
     problems: list[QuantkitError] = [*_local(publication, session.sums)]
     remote = look(publication, place, session.patience)
     number = None
@@ -86,7 +93,8 @@ def plan(session: Session, publication: Publication) -> Plan:
     last: tuple[Item, ...] = ()
     rows: tuple[Row, ...] = ()
     if not any(isinstance(problem, VerifyError) for problem in problems):
-        last = description.last(publication, remote, session.card(publication, remote))
+        last, refused = _described(session, publication, remote)
+        problems += [] if refused is None else [refused]
         rows = rows_of(session, publication, remote, last)
         problems += [*unfit(publication, last, remote), *foreign(session, publication, remote, rows)]
         problems += [*scrubbed(session, (*publication.weights, *last))]
@@ -95,18 +103,43 @@ def plan(session: Session, publication: Publication) -> Plan:
         *access.tagged(publication, remote, rows),
         *access.visible(session, publication, remote, rows),
     ]
-    gated = False
+    gated, warnings = False, tuple[str, ...]()
     if session.options.licence is not None:
         licence = session.options.licence(publication)
-        gated = licence.gated
-        notes += [*licence.warnings, *licence.reminders]
+        gated, warnings = licence.gated, (*licence.warnings, *licence.reminders)
         problems += [UsageError(text) for text in licence.blockers]
-    notes += advice.notes(publication, remote, rows, gated)
-    return Plan(publication, remote, rows, last, gated, number, tuple(dict.fromkeys(notes)), tuple(problems))
+        if remote.exists and not remote.private:
+            problems += [UsageError(text) for text in licence.blockers_if_public]
+    notes = tuple(dict.fromkeys(advice.notes(publication, remote, rows, gated)))
+    total = advice.total(publication, remote, rows)
+    warnings = tuple(dict.fromkeys(warnings))
+    return Plan(publication, remote, rows, last, gated, number, warnings, notes, total, tuple(problems))
 
 
-def check_card(session: Session, plan: Plan) -> None:
-    """Have the Hub judge the front matter now, not when gigabytes are sent; UsageError when it refuses."""
+def _described(
+    session: Session, publication: Publication, remote: RemoteState
+) -> tuple[tuple[Item, ...], UsageError | None]:
+    """What is committed last, without a card where none can be made, and why."""
+    try:
+        return description.last(publication, remote, session.card(publication, remote)), None
+    except UsageError as error:
+        with contextlib.suppress(UsageError):
+            return description.last(publication, remote, {}), error
+        return (), error
+
+
+def with_card_checked(session: Session, plan: Plan) -> Plan:
+    """The plan once the Hub judged the front matter: now, not when gigabytes are sent."""
+    if plan.problems:
+        return plan  # maybe that the card holds what must not leave this machine
+    try:
+        _check_card(session, plan)
+    except UsageError as error:
+        return replace(plan, problems=(error,))
+    return plan
+
+
+def _check_card(session: Session, plan: Plan) -> None:
     place = session.place(plan.publication)
     there = {row.path for row in plan.rows if row.change == "same"}
     for item in plan.last:
@@ -119,7 +152,8 @@ def check_card(session: Session, plan: Plan) -> None:
 def as_left(session: Session, publication: Publication, remote: RemoteState) -> RemoteState:
     """`remote` with the targets of earlier pushes that this one leaves, and a line about what it replaces."""
     if session.options.prune:
-        remote = replace(remote, earlier=tuple(p for p in remote.earlier if p.branch is not None))
+        earlier = tuple(p for p in remote.earlier if p.branch is not None)
+        remote = replace(remote, earlier=earlier, prunes=True)
     paths = published.replaced(publication, remote.known)
     if not paths:
         return remote
@@ -133,11 +167,9 @@ def rows_of(
 ) -> tuple[Row, ...]:
     """The difference, with what is to be pruned."""
     rows = difference((*publication.weights, *last), remote.files, session.sums)
-    gone = _prunable(publication, remote) if session.options.prune else frozenset()
-    return tuple(
-        replace(row, change="deleted") if row.change == "untouched" and row.path in gone else row
-        for row in rows
-    )
+    now = {row.path for row in rows if row.change != "untouched"}
+    gone = published.left(remote.known, remote.earlier, now, remote.files) if remote.prunes else ()
+    return tuple(replace(row, change="delete") if row.path in gone else row for row in rows)
 
 
 def foreign(
@@ -148,20 +180,13 @@ def foreign(
         return
     weights = {item.path_in_repo for item in publication.weights}
     for row in rows:
-        if row.change != "changed" or row.path == README or (row.path not in weights and remote.known.ours):
+        if row.change != "replace" or row.path == README or (row.path not in weights and remote.known.ours):
             continue
         what = "differs from the file here" if row.path in weights else "was not written by quantkit push"
         yield UsageError(
             f"{publication.name}: '{row.path}' is there and {what}",
             remedy="give --replace to put this one in its place",
         )
-
-
-def _prunable(publication: Publication, remote: RemoteState) -> frozenset[str]:
-    """What an earlier push says it put there; a branch's own files only."""
-    names = [placed.manifest.name for placed in remote.known.targets]
-    recipes = description.recipes(publication, names) if publication.several and names else ()
-    return frozenset((*remote.known.files, *recipes)) - {".gitattributes", README, MANIFEST}
 
 
 def _local(publication: Publication, sums: Sums) -> Iterator[QuantkitError]:
@@ -202,14 +227,14 @@ def unfit(publication: Publication, last: tuple[Item, ...], remote: RemoteState)
             yield UsageError(
                 f"'{item.path_in_repo}' has {format_size(item.expected.bytes)}, the Hub takes "
                 f"{format_size(_TOO_LARGE)}",
-                remedy="write shards: output.shard_size",
+                remedy="convert again with --shard-size (output.shard_size)",
             )
     paths = {item.path_in_repo for item in items} | set(remote.files)
     for folder, count in Counter(str(PurePosixPath(path).parent) for path in paths).items():
         if count > _PER_FOLDER:
             yield UsageError(
                 f"'{folder}' would hold {count:,} files, the Hub takes {_PER_FOLDER:,} per folder",
-                remedy="write larger shards: output.shard_size",
+                remedy="convert again with a larger --shard-size (output.shard_size)",
             )
 
 
@@ -223,8 +248,3 @@ def scrubbed(session: Session, items: tuple[Item, ...]) -> Iterator[QuantkitErro
 
 def _told(sums: FileSum) -> str:
     return f"{sums.bytes:,} bytes, sha256 {sums.sha256[:12]}…"
-
-
-def _word(row: Row) -> str:
-    words = {"changed": "replace", "deleted": "delete"}
-    return words.get(row.change, row.change)

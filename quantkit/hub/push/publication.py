@@ -68,6 +68,7 @@ class Publication:
     fork_from_first  the branch starts with the first commit of the repository, else with `main`
     placed           its targets; of `main` in the layout of branches, those of all branches
     several          the repository may hold further targets, now or later
+    visibility       None: private when it is made, and one that is there stays as it is
     folders          where the targets lie on this machine; never published
     """
 
@@ -77,7 +78,7 @@ class Publication:
     weights: tuple[Item, ...]
     placed: tuple[Placed, ...]
     several: bool
-    visibility: Visibility = "private"
+    visibility: Visibility | None = None
     create_pr: bool = False
     tag: str | None = None
     folders: tuple[Path, ...] = ()
@@ -133,7 +134,7 @@ def publications(targets: Sequence[tuple[Path, Manifest]], how: Publish) -> tupl
     _distinct(
         ((repo, label) for label, repo in repos.items()),
         "`{0}` and `{1}` would be published to one repository, {2}",
-        remedy="put {target} into its name",
+        remedy="put {target} into its name: --repo (publish.repo)",
     )
     return tuple(made for group in groups for made in _of_group(group, repos[group.label], how))
 
@@ -174,7 +175,7 @@ def _repo(template: str, group: _Group, *, alone: bool) -> str:
     except HFValidationError as error:
         raise UsageError(
             f"'{repo}' cannot be a repository of the Hub: {error}",
-            remedy="give another `publish.repo`, or the target another `name`",
+            remedy="give another name with --repo (publish.repo), or the target another `name`",
         ) from error
     return repo
 
@@ -205,7 +206,7 @@ def _branches(group: _Group, repo: str, how: Publish) -> Iterator[Publication]:
     _distinct(
         ((branch, name) for name, branch in branches.items()),
         "the targets `{0}` and `{1}` would both be published to branch {2}",
-        remedy="put {target} into `publish.branch`",
+        remedy="put {target} into --branch (publish.branch)",
     )
     for target in group.targets:
         paths = {target.name: {name: name for name in _names(target)}}
@@ -246,7 +247,7 @@ def _branch(template: str | None, group: _Group) -> str | None:
     if len(group.targets) > 1 and "{bpw}" in template:
         raise UsageError(
             f"branch {template!r}: {group.label} has {len(group.targets)} targets and no one {{bpw}}",
-            remedy="give a plain name, or `layout: branches`",
+            remedy="give a plain name to --branch (publish.branch), or --layout branches (publish.layout)",
         )
     name = _valid(_filled(template, group.label, first.bits_per_weight), of_its_own=False)
     return None if name == MAIN else name
@@ -261,7 +262,8 @@ def _valid(branch: str, *, of_its_own: bool) -> str:
     if odd or not _BRANCH.fullmatch(branch) or (of_its_own and branch == MAIN):
         raise UsageError(
             f"'{branch}' cannot be the branch of a target",
-            remedy="give another `publish.branch`, of letters, digits, dot, dash, {target} and {bpw}",
+            remedy="give another to --branch (publish.branch), of letters, digits, dot, dash, {target} and "
+            "{bpw}",
         )
     return branch
 
@@ -294,7 +296,7 @@ def _items(targets: Sequence[_Target], paths: Mapping[str, Mapping[str, str]]) -
             if known != expected or is_weights(path):
                 raise UsageError(
                     f"the targets `{other}` and `{target.name}` both have a file '{path}'",
-                    remedy="publish them with `layout: repo-per-target` or `layout: branches`",
+                    remedy="publish them with --layout repo-per-target or --layout branches (publish.layout)",
                 )
 
 

@@ -3,22 +3,30 @@
 A repository of one target has the manifest of that target. One that may hold several has
 
     {"schema": "quantkit/repo/1", "targets": {name: manifest}, "placed": {name: {"files", "branch"}},
-     "checks": {name: checks}, "files": {path: {"bytes", "sha256"}}, "changes": [...]}
+     "checks": {name: checks}, "files": {path: {"bytes", "sha256"}}}
+
+Both have "changes", lines about files that were replaced, and "left", files of earlier pushes that belong to
+nothing any more, where there are any.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantkit.errors import SourceError
 from quantkit.hub.listing import Listed
 from quantkit.hub.manifest import MANIFEST, Check, FileSum, Manifest
-from quantkit.hub.push.publication import Placed, Publication, is_weights
+from quantkit.hub.push.publication import README, Placed, Publication, is_weights
 
 SCHEMA = "quantkit/repo/1"
+SUMS = "SHA256SUMS"
+RECIPE = "recipe.yaml"
+PICTURE = "report/quality.png"
+_RECIPES = "recipes"
+_NEVER_OLD = frozenset({".gitattributes", README, MANIFEST})
 _OURS = "quantkit/"
 
 
@@ -26,15 +34,24 @@ _OURS = "quantkit/"
 class Published:
     """What a remote `quantkit.json` says.
 
-    ours     it is one of quantkit, though maybe of a version that is not known
-    files    what an earlier push put there, beside the card and what goes with it
-    changes  lines about files that were replaced, newest first
+    ours       it is one of quantkit, though maybe of a version that is not known
+    files      what an earlier push put there, beside the card and what goes with it
+    described  what goes with the card, by the names that quantkit gives
+    left       what still earlier pushes put there
+    changes    lines about files that were replaced, newest first
     """
 
     ours: bool = False
     targets: tuple[Placed, ...] = ()
     files: Mapping[str, FileSum] = field(default_factory=dict)
+    described: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Everything that pushes put there, as far as it can be told."""
+        return frozenset((*self.files, *self.described, *self.left)) - _NEVER_OLD
 
 
 def parse(text: bytes) -> Published:
@@ -55,7 +72,10 @@ def parse(text: bytes) -> Published:
 def _single(found: Mapping[str, Any]) -> Published:
     manifest = Manifest.from_json(found, MANIFEST)
     placed = Placed(manifest, tuple(manifest.files))
-    return Published(True, (placed,), manifest.files, _changes(found))
+    described = (RECIPE, SUMS, PICTURE)
+    return Published(
+        True, (placed,), manifest.files, described, _lines(found, "left"), _lines(found, "changes")
+    )
 
 
 def _several(found: Mapping[str, Any]) -> Published:
@@ -72,11 +92,29 @@ def _several(found: Mapping[str, Any]) -> Published:
             )
         )
     files = {str(path): FileSum(**told) for path, told in found["files"].items()}
-    return Published(True, tuple(targets), files, _changes(found))
+    described = (*recipes(found["targets"], several=True), SUMS, PICTURE)
+    return Published(True, tuple(targets), files, described, _lines(found, "left"), _lines(found, "changes"))
 
 
-def _changes(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(line) for line in found.get("changes", ()))
+def _lines(found: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    return tuple(str(line) for line in found.get(key, ()))
+
+
+def recipes(names: Iterable[str], *, several: bool) -> tuple[str, ...]:
+    """Where the recipes of targets with these names lie."""
+    return tuple(f"{_RECIPES}/{name}.yaml" for name in names) if several else (RECIPE,)
+
+
+def left(
+    known: Published, earlier: Iterable[Placed], now: Collection[str], listed: Collection[str]
+) -> tuple[str, ...]:
+    """Files of earlier pushes that are neither of this one (`now`) nor of a target that stays."""
+    staying = tuple(earlier)
+    kept = {path for placed in staying if placed.branch is None for path in placed.files}
+    kept |= set(recipes((placed.manifest.name for placed in staying), several=True))
+    if README not in now:
+        kept.add(PICTURE)  # no card that does without it
+    return tuple(sorted(known.paths.intersection(listed) - kept - set(now)))
 
 
 def still_there(
@@ -127,7 +165,11 @@ def sums(publication: Publication, earlier: tuple[Placed, ...], known: Published
 
 
 def compose(
-    publication: Publication, earlier: tuple[Placed, ...], known: Published, changes: tuple[str, ...]
+    publication: Publication,
+    earlier: tuple[Placed, ...],
+    known: Published,
+    changes: tuple[str, ...],
+    left: tuple[str, ...] = (),
 ) -> bytes:
     """The new `quantkit.json`."""
     document: dict[str, Any]
@@ -150,4 +192,6 @@ def compose(
         }
     if changes:
         document["changes"] = list(changes)
+    if left:
+        document["left"] = list(left)
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

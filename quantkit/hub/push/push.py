@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.hub.push import access, preflight
-from quantkit.hub.push.difference import Sums
+from quantkit.hub.push.difference import Sums, counted
 from quantkit.hub.push.patience import Patience
 from quantkit.hub.push.preflight import Plan
 from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.record import Record
-from quantkit.hub.push.refusals import Place
+from quantkit.hub.push.refusals import Place, distinct, in_one_line
 from quantkit.hub.push.remote import ensure, is_private, read_tag
 from quantkit.hub.push.session import Card, Options, Session
 from quantkit.hub.push.upload import Done, Upload
@@ -36,27 +36,38 @@ class Pushed:
 
     @property
     def problems(self) -> tuple[QuantkitError, ...]:
-        return tuple(problem for plan in self.plans for problem in plan.problems)
+        """What stands in the way of a dry run's plans, each once."""
+        return distinct(problem for plan in self.plans for problem in plan.problems)
 
     def tables(self) -> list[Table]:
-        """The plan of a dry run; else what is where."""
+        """The plans of a dry run, which say once what they have in common; else what is where."""
         if self.dry_run:
-            return [plan.table() for plan in self.plans]
+            said: set[str] = set()
+            tables = []
+            for plan in self.plans:
+                tables.append(plan.table(said))
+                said |= {*plan.warnings, *plan.notes, *map(in_one_line, plan.problems)}
+            return tables
+        tagged = any(each.tag for each in self.done)
         rows = tuple(
             (
                 each.repo,
                 each.branch if each.pull_request is None else f"pull request {each.pull_request}",
                 each.commit[:7],
-                "nothing to do" if each.unchanged else f"{len(each.sent)} files",
+                "nothing to do" if each.unchanged else counted(len(each.sent)),
+                *((each.tag or "",) if tagged else ()),
                 each.url,
             )
             for each in self.done
         )
-        return [Table("Published", ("repository", "branch", "commit", "sent", "at"), rows)]
+        columns = ("repository", "branch", "commit", "sent", *(("tag",) if tagged else ()), "at")
+        return [Table("Published", columns, rows)]
 
     def to_json(self) -> dict[str, object]:
         return {
+            "status": "blocked" if self.problems else "ok",
             "dry_run": self.dry_run,
+            "problems": [in_one_line(problem) for problem in self.problems],
             "plans": [plan.to_json() for plan in self.plans],
             "published": [done.to_json() for done in self.done],
         }
@@ -88,41 +99,55 @@ def push(
         plans = tuple(_plan(session, publication) for publication in publications)
         if options.dry_run:
             return Pushed(plans, (), True)
-        _refuse([problem for plan in plans for problem in plan.problems])
-        for plan in plans:
-            preflight.check_card(session, plan)
-        done = []
+        _refuse(distinct(problem for plan in plans for problem in plan.problems))
+        _tell(progress, plans)
+        done: list[Done] = []
         for i, plan in enumerate(plans):
-            upload = Upload(session, plan)
-            done.append(upload.run())
-            finished = all(later.publication.repo != plan.publication.repo for later in plans[i + 1 :])
-            _finish(session, upload, done[-1], plan, last=finished)
+            repo = plan.publication.repo
+            upload = Upload(session, plan, is_prepared=any(each.repo == repo for each in done))
+            made = upload.run()
+            finished = all(later.publication.repo != repo for later in plans[i + 1 :])
+            done.append(_finish(session, upload, made, plan, last=finished))
         return Pushed(plans, tuple(done), False)
 
 
 def _plan(session: Session, publication: Publication) -> Plan:
     session.progress.step("plan", publication.name)
-    return preflight.plan(session, publication)
+    return preflight.with_card_checked(session, preflight.plan(session, publication))
 
 
 def _refuse(problems: Sequence[QuantkitError]) -> None:
-    """Raise what was found wrong, all of it at once."""
+    """Raise what was found wrong, all of it at once, each with what to do about it."""
     if not problems:
         return
     first = problems[0]
     if len(problems) == 1:
         raise first
-    lines = [first.message, *(problem.in_one_line for problem in problems[1:])]
-    raise type(first)("\n  ".join(lines), remedy=first.remedy)
+    if len({problem.remedy for problem in problems}) == 1:
+        raise type(first)("\n  ".join(problem.message for problem in problems), remedy=first.remedy)
+    raise type(first)("\n  ".join(in_one_line(problem) for problem in problems))
 
 
-def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: bool) -> None:
+def _tell(progress: Progress, plans: Sequence[Plan]) -> None:
+    """What is worth knowing before anything is sent, each once."""
+    for warning in dict.fromkeys(text for plan in plans for text in plan.warnings):
+        progress.warn(warning)
+    for note in dict.fromkeys(text for plan in plans for text in plan.notes):
+        progress.note(note)
+    for plan in plans:
+        progress.note(f"{plan.publication.name}: {plan.total}")
+
+
+def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: bool) -> Done:
     """The tag; and, once everything in the repository is verified, who may see it."""
     publication, place = plan.publication, session.place(plan.publication)
     entry = upload.entry
     if publication.tag is not None and not publication.create_pr:
+        if publication.tag not in plan.remote.tags:
+            session.progress.step("push", f"setting tag {publication.tag} of {publication.repo}")
         _tag(session, place, publication.tag, done.commit)
         entry.tag = publication.tag
+        done = replace(done, tag=publication.tag)
     wanted = publication.visibility
     if last and wanted == "private-then-public" and not publication.create_pr:
         if plan.remote.private is not False:
@@ -138,6 +163,7 @@ def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: b
         entry.visibility = "public"
     entry.step = "done"
     session.record.keep(entry)
+    return done
 
 
 def _tag(session: Session, place: Place, tag: str, commit: str) -> None:
@@ -150,7 +176,7 @@ def _tag(session: Session, place: Place, tag: str, commit: str) -> None:
     if found != commit:
         raise UsageError(
             f"{place.repo} has a tag '{tag}' at {str(found)[:7]}, this is {commit[:7]}",
-            remedy="give another `publish.tag`, or delete the tag",
+            remedy="give another --tag (publish.tag), or delete the tag there",
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
 from quantkit.checkpoint.atomic import write_error
 from quantkit.errors import HubError, QuantkitError, UsageError
@@ -90,6 +91,12 @@ def explain(error: BaseException, place: Place, doing: str) -> QuantkitError:
         return HubError(
             f"{place.repo}: the storage answered {status} while {doing}: {_told(cause)}", remedy=_later(place)
         )
+    if isinstance(cause, GatedRepoError) and status == 403:
+        return HubError(
+            f"{place.repo} is gated, and {place.account or 'this account'} has not been granted access "
+            f"(while {doing}).",
+            remedy=f"request access at {place.url}, that can take a while; then: {place.resume}",
+        )
     if status is not None:
         if status == 403 and _only_read(cause):
             return HubError(
@@ -118,6 +125,18 @@ def explain(error: BaseException, place: Place, doing: str) -> QuantkitError:
             return HubError(f"{place.repo}: {doing} failed: {_told(cause)}", remedy=_later(place))
 
 
+def in_one_line(problem: QuantkitError) -> str:
+    """What happened and what to do, for a list."""
+    if problem.remedy is None:
+        return problem.message
+    return f"{problem.message.removesuffix('.')}; {problem.remedy}"
+
+
+def distinct(found: Iterable[QuantkitError]) -> tuple[QuantkitError, ...]:
+    """Each once: what is wrong with the token is so for every repository."""
+    return tuple({(type(each), each.message, each.remedy): each for each in found}.values())
+
+
 def no_token(endpoint: str) -> HubError:
     """Nothing can be published without a login."""
     return HubError(
@@ -140,8 +159,9 @@ def _answered(status: int, told: str, place: Place, doing: str) -> HubError:
     match status:
         case 401:
             return HubError(
-                f"The Hub does not accept the token (any more), while {doing}.",
-                remedy=f"log in again with hf auth login, then: {place.resume}",
+                f"The token{problems.token_place(place.api)} is not valid at {place.api.endpoint}, while "
+                f"{doing}: it expired, was revoked, or is of another Hub.",
+                remedy=f"{_new_token(place.api)}, then: {place.resume}",
             )
         case 402:
             return HubError(
@@ -172,6 +192,15 @@ def _answered(status: int, told: str, place: Place, doing: str) -> HubError:
             return HubError(
                 f"The Hub answered {status} while {doing}: {told}", remedy=f"then: {place.resume}"
             )
+
+
+def _new_token(api: HfApi) -> str:
+    """A login does not help where something else goes before it."""
+    if isinstance(api.token, str):
+        return "put another in its place"
+    if problems.token_place(api) == problems.IN_ENVIRONMENT:
+        return "set HF_TOKEN to another one, or unset it and log in with hf auth login"
+    return "log in again with hf auth login"
 
 
 def _later(place: Place) -> str:

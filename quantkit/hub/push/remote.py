@@ -34,6 +34,7 @@ class RemoteState:
     known    what its `quantkit.json` says
     earlier  targets of earlier pushes that stay
     changes  lines about replaced files, newest first; those of this push are among them
+    prunes   what earlier pushes left is deleted
     """
 
     exists: bool = False
@@ -47,6 +48,7 @@ class RemoteState:
     known: Published = field(default_factory=Published)
     earlier: tuple[Placed, ...] = ()
     changes: tuple[str, ...] = ()
+    prunes: bool = False
 
 
 def look(

@@ -39,6 +39,9 @@ class Licence(Protocol):
     @property
     def blockers(self) -> tuple[str, ...]: ...
 
+    @property
+    def blockers_if_public(self) -> tuple[str, ...]: ...
+
 
 def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -93,8 +96,23 @@ class Session:
 
     def place(self, publication: Publication) -> Place:
         """Where a publication goes, for questions and for messages."""
-        folders = shlex.join(str(folder) for folder in publication.folders)
-        resume = self.options.resume or f"quantkit push {folders} --repo {publication.repo}"
+        resume = self.options.resume or _again(publication)
         name = None if self.account is None else self.account.name
         namespaces = () if self.account is None or self.account.read_only else self.account.namespaces
         return Place(self.api, publication.repo, resume, name, namespaces)
+
+
+def _again(publication: Publication) -> str:
+    """A command that goes on with this publication."""
+    format = publication.targets[0].format
+    layout = "files" if publication.several else "repo-per-target"
+    if publication.fork_from_first or any(placed.branch for placed in publication.placed):
+        layout = "branches"
+    usual = "files" if format == "gguf" else "repo-per-target"
+    words = ["quantkit", "push", *map(str, publication.folders), "--repo", publication.repo]
+    words += [] if publication.visibility is None else ["--visibility", publication.visibility]
+    words += [] if layout == usual else ["--layout", layout]
+    words += [] if publication.branch is None else ["--branch", publication.branch]
+    words += ["--create-pr"] if publication.create_pr else []
+    words += [] if publication.tag is None else ["--tag", publication.tag]
+    return shlex.join(words)

@@ -12,7 +12,7 @@ After any failure the listing of the repository decides what is true, not the an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -57,6 +57,7 @@ class Done:
     pull_request: int | None
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
+    tag: str | None = None
 
     @property
     def unchanged(self) -> bool:
@@ -71,15 +72,17 @@ class Done:
             "pull_request": self.pull_request,
             "sent": list(self.sent),
             "deleted": list(self.deleted),
+            "tag": self.tag,
         }
 
 
 class Upload:
-    """Carries out one plan."""
+    """Carries out one plan; `is_prepared`: one of the same repository was carried out before."""
 
-    def __init__(self, session: Session, plan: Plan) -> None:
+    def __init__(self, session: Session, plan: Plan, *, is_prepared: bool = False) -> None:
         self._session = session
         self._plan = plan
+        self._is_prepared = is_prepared
         self._publication = plan.publication
         self._place = session.place(plan.publication)
         self._ensure = partial(ensure, self._place, session.patience)
@@ -93,7 +96,8 @@ class Upload:
         self._prepare()
         remote = self._look()
         if not self._plan.remote.exists:
-            for problem in access.visible(self._session, self._publication, remote, ()):
+            promised = replace(self._publication, visibility=self._publication.visibility or "private")
+            for problem in access.visible(self._session, promised, remote, ()):
                 raise problem  # somebody else made it in the meantime
         weights = self._weights(remote)
         self._keep("weights", weights_commit=weights)
@@ -141,21 +145,24 @@ class Upload:
         remote = self._plan.remote
         if not remote.exists:
             private = publication.visibility != "public"
-            make = partial(api.create_repo, publication.repo, private=private, exist_ok=True)
             shown = "private" if private else "public"
-            self._session.progress.step("push", f"making {publication.repo}, {shown}")
-            self._session.patience.ask(make, self._place, "making the repository")
+            if not self._is_prepared:
+                make = partial(api.create_repo, publication.repo, private=private, exist_ok=True)
+                self._session.progress.step("push", f"making {publication.repo}, {shown}")
+                self._session.patience.ask(make, self._place, "making the repository")
             self._keep("made", visibility=shown)
         if publication.create_pr:
             self._prepare_pull_request()
             return
-        if self._plan.gated and not remote.gated:
+        if self._plan.gated and not remote.gated and not self._is_prepared:
+            self._session.progress.step("push", f"gating access to {publication.repo}")
             gate = partial(api.update_repo_settings, publication.repo, gated="auto")
             self._ensure(gate, partial(is_gated, place), "gating the access")
         if publication.branch is not None and publication.branch not in remote.branches:
             start = first_commit(place, self._session.patience) if publication.fork_from_first else None
             name = publication.branch
             fork = partial(api.create_branch, publication.repo, branch=name, revision=start, exist_ok=True)
+            self._session.progress.step("push", f"making branch {name} of {publication.repo}")
             self._ensure(fork, partial(has_branch, place, name), f"making branch {name}")
 
     def _prepare_pull_request(self) -> None:
@@ -270,7 +277,7 @@ class Upload:
         ):
             raise problem
         changed = [i for i in last if not session.sums.match(i.source, remote.files.get(i.path_in_repo))]
-        deleted = tuple(row.path for row in rows if row.change == "deleted")
+        deleted = tuple(row.path for row in rows if row.change == "delete")
         if not changed and not deleted:
             return str(remote.head), ()
         session.progress.step("commit", f"{publication.name}: card and reports")

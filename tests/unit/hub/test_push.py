@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,8 +132,8 @@ def test_a_dry_run_only_reads(hub: HubServer, tmp_path: Path) -> None:
     push()
     before = len(hub.log)
     rows = push(dry_run=True).tables()[0].rows
-    assert {row[0] for row in rows} == {"same", "untouched"}
-    assert ("untouched", ".gitattributes") in {row[:2] for row in rows}
+    assert {row[0] for row in rows} == {"same"}
+    assert ".gitattributes" not in {row[1] for row in rows}
     assert writes(hub, before) == []
 
 
@@ -140,7 +141,7 @@ def test_a_dry_run_without_the_right_to_write(lfs: HubServer, tmp_path: Path) ->
     push = pusher(lfs, tmp_path, Publish(REPO, visibility="public"))
     push()
     for token, said in (
-        (BOB, "The token of bob may not write to alice/Tiny-GGUF: it may write to bob."),
+        (BOB, "The token of bob may not write to alice/Tiny-GGUF: it may write to bob"),
         (READER, "it may only read"),
         (None, "There is no token"),
     ):
@@ -151,11 +152,120 @@ def test_a_dry_run_without_the_right_to_write(lfs: HubServer, tmp_path: Path) ->
             push(token=token)
 
 
-def test_a_token_that_nobody_has(lfs: HubServer, tmp_path: Path) -> None:
+def test_what_is_worth_knowing_is_told_before_anything_is_sent(lfs: HubServer, tmp_path: Path) -> None:
+    class Licence:
+        gated, reminders, warnings = True, ("Built with X",), ("no name",)
+        blockers, blockers_if_public = (), ("say where it is from",)
+
+    push = pusher(lfs, tmp_path, Publish(REPO, tag="v1"))
+    planned = push(dry_run=True, licence=lambda publication: Licence).tables()[0].notes
+    push.said.lines.clear()
+    pushed = push(licence=lambda publication: Licence)
+    said = push.said.lines
+    first = next(i for i, line in enumerate(said) if line.startswith(("push ", "upload ")))
+    assert said[1:first] == [
+        "warning: no name",
+        "warning: Built with X",
+        f"{REPO} will be made, private",
+        "tag v1 will be set",
+        f"access to {REPO} will be gated (auto), as that to org/tiny is",
+        f"{REPO}: {planned[-1]}",
+    ]
+    assert planned[-1].startswith("9 files, ") and planned[-1].endswith(" to send")
+    document: Any = pushed.to_json()
+    told = document["plans"][0]
+    assert told["warnings"] == ["no name", "Built with X"] and told["notes"][1] == "tag v1 will be set"
+    assert [line for line in said if "making" in line or "setting" in line] == [
+        f"push making {REPO}, private", f"push setting tag v1 of {REPO}"
+    ]  # fmt: skip
+    table = pushed.tables()[0]
+    assert dict(zip(table.columns, table.rows[0], strict=True))["tag"] == "v1"
+    push.said.lines.clear()
+    assert push(licence=lambda publication: Licence).to_json()["plans"][0]["total"] == "nothing to do"  # type: ignore[index]
+    assert not any("v1" in line or "gated" in line for line in push.said.lines)
+    lfs.repo(REPO).private = False
+    assert (
+        push(dry_run=True, licence=lambda publication: Licence).problems[0].message == "say where it is from"
+    )
+
+
+def test_without_a_visibility_a_repository_stays_as_it_is(lfs: HubServer, tmp_path: Path) -> None:
     push = pusher(lfs, tmp_path)
-    with pytest.raises(HubError, match="does not accept the token") as caught:
+    push()
+    assert push.how.visibility is None and lfs.repo(REPO).private
+    lfs.repo(REPO).private = False
+    push.targets = push.targets[:1]
+    found = push(dry_run=True)
+    assert found.problems == () and f"{REPO} is public" in found.tables()[0].notes
+    push()
+    assert not lfs.repo(REPO).private
+
+
+def test_a_card_that_a_person_changed_is_one_of_the_problems(lfs: HubServer, tmp_path: Path) -> None:
+    push = pusher(lfs, tmp_path, Publish(REPO, visibility="public"))
+    push()
+    push.targets = push.targets[:1]
+
+    def edited(*_: object) -> dict[str, bytes]:
+        raise UsageError("somebody wrote into it.", remedy="give --replace-card")
+
+    found = push(dry_run=True, token=BOB, card=edited, prune=True)
+    assert found.problems[0].message == "somebody wrote into it."
+    assert found.to_json()["status"] == "blocked" and len(found.problems) == 2
+    table = found.tables()[0]
+    assert table.blockers[0] == "somebody wrote into it; give --replace-card"
+    assert ("untouched", "README.md") in {row[:2] for row in table.rows}
+    assert ("delete", "Tiny-Q5_K_M.gguf") in {row[:2] for row in table.rows}
+    assert {row[0] for row in table.rows if "quality.png" in row[1]} == {"untouched"}
+    with pytest.raises(UsageError) as caught:
+        push(token=BOB, card=edited)
+    first, second = str(caught.value).splitlines()
+    assert first == "somebody wrote into it; give --replace-card" and "name a repository of yours" in second
+    assert push(dry_run=True).to_json()["status"] == "ok"
+
+
+def test_a_card_that_the_hub_refuses_is_one_of_the_problems(lfs: HubServer, tmp_path: Path) -> None:
+    text = b"---\nlicense: {a: 1}\n---\n"
+    found = pusher(lfs, tmp_path)(dry_run=True, card=lambda publication, remote: {"README.md": text})
+    assert "refuses the card" in found.tables()[0].blockers[0]
+
+
+def test_what_is_wrong_everywhere_is_said_once(lfs: HubServer, tmp_path: Path) -> None:
+    targets = [gptq(tmp_path), gguf(tmp_path, "q4_k_m")]
+    push = Pusher(lfs, targets, Publish("alice/Tiny-{target}"), tmp_path / "publish.json")
+    found = push(dry_run=True, token=None)
+    assert [len(table.blockers) for table in found.tables()] == [1, 0] and len(found.problems) == 1
+    assert all(table.notes[-1].endswith("to send") for table in found.tables())
+    with pytest.raises(HubError) as caught:
+        push(token=None)
+    assert str(caught.value).count("There is no token") == 1
+    for repo in ("alice/Tiny-gptq-w4g128", "alice/Tiny-GGUF"):
+        lfs.add(repo, {"LICENSE": b"other"}, private=True)
+    with pytest.raises(UsageError) as both:
+        push()
+    assert [line[:2] for line in str(both.value).splitlines()] == ["al", "  ", "  "]
+    assert str(both.value).count("--replace") == 1
+
+
+def test_a_pull_request_to_a_gated_repository(lfs: HubServer, tmp_path: Path) -> None:
+    lfs.add("org/gated", {"README.md": b"---\nlicense: mit\n---\n"}, gated="auto")
+    push = pusher(lfs, tmp_path, Publish("org/gated", create_pr=True))
+    with pytest.raises(HubError, match="org/gated is gated, and alice has not been granted access") as caught:
+        push()
+    assert f"request access at {lfs.url}/org/gated" in str(caught.value)
+
+
+def test_a_token_that_nobody_has(lfs: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = pusher(lfs, tmp_path)
+    with pytest.raises(HubError, match="The token that was given is not valid at http") as caught:
         push(token="hf_nobodynobodynobody")
     assert "hf_nobody" not in str(caught.value) and caught.value.exit_code == 3
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodynobodynobody")
+    with pytest.raises(HubError, match="The token in HF_TOKEN is not valid at http") as caught:
+        push(token=None)
+    assert "set HF_TOKEN to another one" in str(caught.value) and "then: the same command" in str(
+        caught.value
+    )
 
 
 def test_a_namespace_that_is_not_ours(lfs: HubServer, tmp_path: Path) -> None:
@@ -220,6 +330,40 @@ def test_prune_deletes_what_an_earlier_push_put_there(hub: HubServer, tmp_path: 
     sound(hub, REPO, push.targets)
 
 
+def test_prune_knows_what_went_with_earlier_cards(lfs: HubServer, tmp_path: Path) -> None:
+    push = pusher(lfs, tmp_path)
+    push()
+    mine = {"report/mine.png": b"\x89PNG", "recipes/mine.yaml": b"x: 1", "recipe.yaml": b"x: 1"}
+    lfs.add(REPO, mine)
+    alone: dict[str, Any] = {"card": lambda publication, remote: {"README.md": b"---\nlicense: mit\n---\n"}}
+    push.targets = [gguf(tmp_path / "other", "q6_k")]
+    told = "1 file of an earlier push stays (it is 'report/quality.png'); --prune deletes it"
+    assert told in push(dry_run=True, **alone).tables()[0].notes
+    push(**alone)
+    assert json.loads(lfs.repo(REPO).read("quantkit.json"))["left"] == ["report/quality.png"]
+    assert push(**alone).done[0].unchanged
+    gone = {"Tiny-Q4_K_M.gguf", "Tiny-Q5_K_M.gguf", "recipes/gguf-q4_k_m.yaml", "recipes/gguf-q5_k_m.yaml"}
+    rows = push(dry_run=True, prune=True, **alone)
+    assert rows.tables()[0].notes[-1].endswith(" to send; 5 files to delete")
+    changes = {file["path"]: file["change"] for file in rows.to_json()["plans"][0]["files"]}  # type: ignore[index]
+    assert {path for path, change in changes.items() if change == "delete"} == {*gone, "report/quality.png"}
+    assert set(push(prune=True, **alone).done[0].deleted) == {*gone, "report/quality.png"}
+    assert set(mine) <= set(lfs.repo(REPO).files())
+    assert "left" not in json.loads(lfs.repo(REPO).read("quantkit.json"))
+    assert push(prune=True, **alone).done[0].unchanged
+
+
+def test_prune_leaves_the_recipes_of_other_branches(lfs: HubServer, tmp_path: Path) -> None:
+    both = [gptq(tmp_path, name) for name in ("a", "b")]
+    push = Pusher(lfs, both[:1], Publish("alice/T", layout="branches"), tmp_path / "publish.json")
+    push()
+    push.targets = both[1:]
+    push(prune=True)
+    assert {"recipes/a.yaml", "recipes/b.yaml"} <= set(lfs.repo("alice/T").files())
+    assert push.said.lines.count("push making alice/T, private") == 1
+    assert "push making branch b of alice/T" in push.said.lines
+
+
 def test_public_once_everything_is_verified(hub: HubServer, tmp_path: Path) -> None:
     push = pusher(hub, tmp_path, Publish(REPO, visibility="private-then-public"))
     push()
@@ -233,14 +377,15 @@ def test_public_once_everything_is_verified(hub: HubServer, tmp_path: Path) -> N
 
 def test_visibility_is_never_changed_silently(lfs: HubServer, tmp_path: Path) -> None:
     lfs.add(REPO, {"x": b"x"}, private=False)
-    push = pusher(lfs, tmp_path)
-    with pytest.raises(UsageError, match="is public, private was asked for"):
+    push = pusher(lfs, tmp_path, Publish(REPO, visibility="private"))
+    with pytest.raises(UsageError, match="is public, private was asked for") as caught:
         push()
+    assert "give --visibility public" in str(caught.value)
     push(confirmed=True)
     assert not lfs.repo(REPO).private
     lfs.add("alice/other", {"secret": b"x"}, private=True)
     then = Publish("alice/other", visibility="private-then-public")
-    with pytest.raises(UsageError, match=r"would become public with 1 files .*first: 'secret'"):
+    with pytest.raises(UsageError, match=r"would become public with 1 file .*first: 'secret'"):
         push(how=then)
     assert lfs.repo("alice/other").private and "README.md" not in lfs.repo("alice/other").files()
     push(how=then, confirmed=True)
@@ -373,6 +518,7 @@ def test_scrubbing_and_licences_come_first(lfs: HubServer, tmp_path: Path) -> No
 
     class Licence:
         gated, reminders, warnings, blockers = True, ("Built with X",), (), ("no derivatives",)
+        blockers_if_public = ()
 
     with pytest.raises(UsageError, match="no derivatives"):
         push(licence=lambda publication: Licence)

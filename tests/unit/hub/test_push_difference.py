@@ -17,6 +17,7 @@ from quantkit.hub.push.difference import Row, Sums, difference, nothing_to_do
 from quantkit.hub.push.publication import Item, publications
 from quantkit.hub.push.remote import RemoteState
 from quantkit.recipe.spec import Publish
+from quantkit.run import cards
 from tests.targets import gguf
 
 
@@ -56,14 +57,15 @@ def test_a_file_is_read_once_and_again_when_it_changed(tmp_path: Path) -> None:
 def test_rows() -> None:
     sums = Sums()
     listed = {
-        name: Listed(name, 1, hashlib.sha256(b"a").hexdigest(), True) for name in ("same", "changed", "other")
+        name: Listed(name, 1, hashlib.sha256(b"a").hexdigest(), True)
+        for name in ("same", "changed", "other", ".gitattributes")
     }
     items = [Item("new", b"n"), Item("same", b"a"), Item("changed", b"bb")]
     rows = difference(items, listed, sums)
     assert rows == (
         Row("new", "new", 1),
         Row("same", "same", 1, 1),
-        Row("changed", "changed", 2, 1),
+        Row("changed", "replace", 2, 1),
         Row("other", "untouched", 1, 1),
     )
     assert not nothing_to_do(rows) and nothing_to_do(difference(items[1:2], listed, sums))
@@ -86,6 +88,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert known.files == {item.path_in_repo: item.expected for item in made.weights}
     other = replace(made, placed=made.placed[:1], weights=())
     assert published.still_there(known, other, {}, ()) == ()
+
+
+def test_the_picture_of_a_card_is_where_it_is_looked_for() -> None:
+    assert published.PICTURE == cards.PLOT
 
 
 def test_limits_of_the_hub(tmp_path: Path) -> None:

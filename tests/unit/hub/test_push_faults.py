@@ -156,7 +156,9 @@ def test_a_token_that_expires_in_the_middle(hub: HubServer, tmp_path: Path, on: 
     push = pusher(hub, tmp_path)
     alice = hub.tokens[ALICE]
     hub.when(f"(POST|PUT) .*{on}", lambda: hub.tokens.pop(ALICE))
-    assert "does not accept the token (any more)" in fails(push, hub)
+    said = fails(push, hub)
+    assert f"The token that was given is not valid at {hub.url}, while " in said
+    assert "put another in its place, then: quantkit push " in said
     assert push.slept == []
     hub.tokens[ALICE] = alice
     push()
@@ -191,7 +193,8 @@ def test_what_became_of_each_file_is_told(hub: HubServer, tmp_path: Path) -> Non
     lines = fails(push, hub).splitlines()
     assert lines[0].startswith(f"Cannot reach {hub.url} while uploading 'Tiny-Q4_K_M.gguf'")
     assert "  LICENSE: uploaded" in lines and "  Tiny-Q4_K_M.gguf: not uploaded" in lines
-    assert f"quantkit push {tmp_path}/out/gguf-q4_k_m --repo {REPO}" in lines[-1]
+    again = f"quantkit push {tmp_path}/out/gguf-q4_k_m --repo {REPO} --visibility private-then-public"
+    assert lines[-1].endswith(f"{again} --layout branches --branch gguf-q4_k_m")
 
 
 def test_bytes_that_arrive_damaged_are_sent_again(hub: HubServer, tmp_path: Path) -> None:
@@ -383,7 +386,7 @@ def test_xet_tokens_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         push = pusher(hub, tmp_path)
         token = "GET .*xet-write-token"
         for status, said in (
-            (401, "does not accept the token"), (403, "may not write"), (503, "answered 503")
+            (401, "is not valid at"), (403, "may not write"), (503, "answered 503")
         ):  # fmt: skip
             hub.faults = [Fault(token, "status", status=status, times=10_000)]
             assert said in fails(push, hub)
