@@ -14,13 +14,12 @@ from quantkit.hub.card.own_text import MARK, merge
 from quantkit.hub.card.plot import draw, problem
 from quantkit.hub.licences import Licence
 from quantkit.hub.push.publication import README, Placed, Publication
+from quantkit.hub.push.published import PICTURE
 from quantkit.hub.push.remote import RemoteState
 from quantkit.recipe.spec import Publish
 from quantkit.run.gguf_source import find_gguf
 from quantkit.run.progress import Progress
 from quantkit.run.prompt import prompt_example
-
-PLOT = "report/quality.png"
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class Cards:
         picture = draw(page) if self.how.card.plot else None
         if self.how.card.plot and picture is None and len(page.listed) > 1:
             self.progress.note(f"{publication.name}: {problem(page)}")
-        text = render(page, None if picture is None else PLOT)
+        text = render(page, None if picture is None else PICTURE)
         existing = remote.readme if remote.readme is not None else _own_card(publication)
         try:
             merged = merge(text, existing, replace=self.replace)
         except UsageError as error:
             raise UsageError(f"{publication.name}: {error.message}", remedy=error.remedy) from error
         files = {README: merged.encode()}
-        return files if picture is None else {**files, PLOT: picture}
+        return files if picture is None else {**files, PICTURE: picture}
 
     @cached_property
     def _notes(self) -> str | None:
