@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.calibrated_tables import ablation, calibrated, time_split
 from benchmarks.cells import TOOLS, cost, cost_rows, goals_met, not_measured, peers_of, ratio_rows, threads_of
 from benchmarks.gguf_tables import gguf_quality, gguf_speed
+from benchmarks.hub_tables import hub
 from benchmarks.record import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "results.md"
@@ -149,6 +150,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "shared_pass_calibrated": shared_pass_calibrated,
     "shared_pass_gguf": shared_pass_calibrated,
     "startup": startup,
+    "hub": hub,
 }
 
 
