@@ -21,6 +21,7 @@ from quantkit.run.progress import Silent
 from tests.hubserver import HubServer
 from tests.hubserver.client import ALICE
 
+FRONT = "license: apache-2.0\nlibrary_name: gguf\ntags: [gguf]\nquantkit: {version: 1}\n"
 Targets = Sequence[tuple[Path, Manifest]]
 
 
@@ -29,9 +30,7 @@ def card(publication: Publication, remote: RemoteState) -> Mapping[str, bytes]:
     names = [each.manifest.name for each in (*publication.placed, *remote.earlier)]
     own = (remote.readme or "").partition("<!-- own -->\n")[2]
     lines = [f"- {name}" for name in sorted(names)] + list(remote.changes)
-    text = (
-        f"---\nlicense: apache-2.0\n---\n{publication.name}\n" + "\n".join(lines) + "\n<!-- own -->\n" + own
-    )
+    text = f"---\n{FRONT}---\n{publication.name}\n" + "\n".join(lines) + "\n<!-- own -->\n" + own
     return {"README.md": text.encode(), PICTURE: b"\x89PNG\0" + ",".join(sorted(names)).encode()}
 
 

@@ -141,14 +141,14 @@ class Manifest:
                     remedy="run the same quantkit convert again with --on-exists replace",
                 )
             known = {f.name: found[f.name] for f in fields(cls)}
-            known["source"] = _typed(Origin(**found["source"]))
-            known["quality"] = tuple(_typed(Quality.from_json(q)) for q in found["quality"])
-            known["kept"] = tuple(_typed(Kept(**k)) for k in found["kept"])
-            known["files"] = {str(n): _typed(FileSum(**s)) for n, s in found["files"].items()}
+            known["source"] = well_typed(Origin(**found["source"]))
+            known["quality"] = tuple(well_typed(Quality.from_json(q)) for q in found["quality"])
+            known["kept"] = tuple(well_typed(Kept(**k)) for k in found["kept"])
+            known["files"] = {str(n): well_typed(FileSum(**s)) for n, s in found["files"].items()}
             for name in ("engines", "notes"):
                 known[name] = tuple(found[name]) if isinstance(found[name], list) else found[name]
-            return _typed(cls(**known))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return well_typed(cls(**known))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SourceError(f"{where} is not what quantkit writes: {error!r}") from error
 
 
@@ -184,8 +184,8 @@ def read_checks(folder: Path, key: str) -> tuple[Check, ...] | None:
     try:
         if found["schema"] != CHECKS_SCHEMA or found["key"] != key:
             return None
-        return tuple(_typed(Check(**check)) for check in found["engines"])
-    except (KeyError, TypeError) as error:
+        return tuple(well_typed(Check(**check)) for check in found["engines"])
+    except (KeyError, TypeError, OverflowError) as error:
         raise SourceError(f"`{path}` is not what quantkit writes: {error!r}") from error
 
 
@@ -194,8 +194,9 @@ def checks_json(key: str, checks: tuple[Check, ...]) -> dict[str, Any]:
     return {"schema": CHECKS_SCHEMA, "key": key, "engines": [asdict(check) for check in checks]}
 
 
-def _typed(made: T) -> T:
-    """`made`, every field of which has the type it is declared with; TypeError for what a stranger wrote."""
+def well_typed(made: T) -> T:
+    """`made`, every field of which has the type it is declared with; TypeError for what a stranger wrote,
+    OverflowError where a number is beyond all floats."""
     for name, hint in hints(type(made)).items():
         value = getattr(made, name)
         # numbers of what is broken may be infinite

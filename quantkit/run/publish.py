@@ -179,7 +179,7 @@ def _require_sound(name: str, checks: Sequence[Check]) -> None:
     if broken:
         raise VerifyError(
             "\n  ".join((f"`{name}` is not sound:", *broken)),
-            remedy="convert it again; nothing was published",
+            remedy="nothing was published; run quantkit convert again with --on-exists replace",
         )
 
 

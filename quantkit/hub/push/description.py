@@ -21,7 +21,7 @@ def last(publication: Publication, remote: RemoteState, card: Mapping[str, bytes
     """What is committed once the weights are verified: `card` and what quantkit adds to it."""
     sums = published.sums(publication, remote.earlier, remote.known)
     found = dict(card)
-    added = {_recipe(publication, each): each.recipe.encode() for each in publication.targets}
+    added = {_recipe(publication, e): e.recipe.encode() for e in publication.targets if e.recipe}
     if sums:
         added[published.SUMS] = "".join(f"{told.sha256}  {path}\n" for path, told in sums.items()).encode()
     weights = {item.path_in_repo for item in publication.weights}
@@ -77,7 +77,8 @@ def _made(manifest: Manifest) -> Iterator[str]:
     origin = manifest.source
     source = f"`{origin.id}@{origin.revision}`" if origin.on_hub else f"`{origin.id}`"
     yield f"**{label(manifest)}**: {manifest.format} {manifest.scheme} by {manifest.method} from {source}"
-    yield f"- recipe sha256 `{hashlib.sha256(manifest.recipe.encode()).hexdigest()}`"
+    if manifest.recipe:
+        yield f"- recipe sha256 `{hashlib.sha256(manifest.recipe.encode()).hexdigest()}`"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
     yield f"- quantkit {manifest.quantkit}{f', {versions}' if versions else ''}"
     if manifest.calibration is not None:

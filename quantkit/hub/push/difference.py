@@ -14,8 +14,9 @@ from quantkit.hub.manifest import FileSum
 from quantkit.hub.push.publication import Item
 
 Change = Literal["new", "replace", "same", "untouched", "delete"]
+MAKE_ANEW = "run quantkit convert again with --on-exists replace"
 SENT: tuple[Change, ...] = ("new", "replace")
-_OF_THE_HUB = ".gitattributes"
+OF_THE_HUB = ".gitattributes"
 _CHUNK = 1 << 20
 _SMALL = 1 << 25  # what git might hold itself, so both of its hashes are taken in one reading
 
@@ -95,7 +96,7 @@ def difference(items: Iterable[Item], listed: Mapping[str, Listed], sums: Sums) 
         change: Change = "same" if sums.match(item.source, there) else "new" if there is None else "replace"
         was = None if there is None else there.size
         rows.append(Row(item.path_in_repo, change, sums.of(item.source).bytes, was))
-    others = (file for path, file in sorted(listed.items()) if path not in {*mine, _OF_THE_HUB})
+    others = (file for path, file in sorted(listed.items()) if path not in {*mine, OF_THE_HUB})
     return (*rows, *(Row(file.path, "untouched", file.size, file.size) for file in others))
 
 
@@ -134,4 +135,4 @@ def _git(size: int, chunks: Iterable[bytes]) -> str:
 
 
 def _unreadable(path: Path, why: str) -> VerifyError:
-    return VerifyError(f"`{path}` cannot be published: {why}", remedy="run quantkit convert again")
+    return VerifyError(f"`{path}` cannot be published: {why}", remedy=MAKE_ANEW)

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from quantkit.errors import QuantkitError, UsageError, VerifyError
+from quantkit.hub.card import validation
 from quantkit.hub.manifest import FileSum
 from quantkit.hub.push import access, advice, description, published, pull_request
-from quantkit.hub.push.difference import Row, Sums, difference
+from quantkit.hub.push.difference import MAKE_ANEW, Row, Sums, difference
 from quantkit.hub.push.publication import README, Item, Publication
 from quantkit.hub.push.refusals import in_one_line
 from quantkit.hub.push.remote import RemoteState, look
@@ -110,7 +111,7 @@ def plan(session: Session, publication: Publication) -> Plan:
         problems += [UsageError(text) for text in licence.blockers]
         if remote.exists and not remote.private:
             problems += [UsageError(text) for text in licence.blockers_if_public]
-    notes = tuple(dict.fromkeys(advice.notes(publication, remote, rows, gated)))
+    notes = tuple(dict.fromkeys((*advice.notes(publication, remote, rows, gated), *_of_card(last))))
     total = advice.total(publication, remote, rows)
     warnings = tuple(dict.fromkeys(warnings))
     return Plan(publication, remote, rows, last, gated, number, warnings, notes, total, tuple(problems))
@@ -126,6 +127,13 @@ def _described(
         with contextlib.suppress(UsageError):
             return description.last(publication, remote, {}), error
         return (), error
+
+
+def _of_card(last: tuple[Item, ...]) -> Iterator[str]:
+    """What is odd about the front matter: much of it a person may have written, and the Hub takes it."""
+    for item in last:
+        if item.path_in_repo == README and isinstance(item.source, bytes):
+            yield from validation.problems(item.source.decode("utf-8", "replace"))
 
 
 def with_card_checked(session: Session, plan: Plan) -> Plan:
@@ -208,7 +216,7 @@ def _local(publication: Publication, sums: Sums) -> Iterator[QuantkitError]:
             yield VerifyError(
                 f"`{item.place}` is not the file that was made: {_told(found)} instead of "
                 f"{_told(item.expected)}",
-                remedy="run quantkit convert again",
+                remedy=MAKE_ANEW,
             )
 
 
@@ -227,14 +235,14 @@ def unfit(publication: Publication, last: tuple[Item, ...], remote: RemoteState)
             yield UsageError(
                 f"'{item.path_in_repo}' has {format_size(item.expected.bytes)}, the Hub takes "
                 f"{format_size(_TOO_LARGE)}",
-                remedy="convert again with --shard-size (output.shard_size)",
+                remedy="convert again with --shard-size (output.shard_size) and --on-exists replace",
             )
     paths = {item.path_in_repo for item in items} | set(remote.files)
     for folder, count in Counter(str(PurePosixPath(path).parent) for path in paths).items():
         if count > _PER_FOLDER:
             yield UsageError(
                 f"'{folder}' would hold {count:,} files, the Hub takes {_PER_FOLDER:,} per folder",
-                remedy="convert again with a larger --shard-size (output.shard_size)",
+                remedy="convert again with a larger --shard-size (output.shard_size) and --on-exists replace",
             )
 
 
@@ -243,7 +251,17 @@ def scrubbed(session: Session, items: tuple[Item, ...]) -> Iterator[QuantkitErro
     if session.options.scrub is None:
         return
     for found in session.options.scrub({item.path_in_repo: item.source for item in items}):
-        yield UsageError(f"must not be published: {found}", remedy="run quantkit convert again")
+        yield UsageError(f"must not be published: {found}", remedy=_without(found, items))
+
+
+def _without(found: str, items: tuple[Item, ...]) -> str:
+    """How to get rid of what was found, as ``file:line what``."""
+    name = next((i.path_in_repo for i in items if found.startswith(f"{i.path_in_repo}:")), "")
+    if name == README:
+        return "remove it from README.md or from the notes that go into it (publish.card.notes)"
+    if any(item.path_in_repo == name and item.expected is not None for item in items):
+        return f"remove it from this file of the source, then {MAKE_ANEW}"
+    return f"remove it from the recipe or from the source that it is about, then {MAKE_ANEW}"
 
 
 def _told(sums: FileSum) -> str:

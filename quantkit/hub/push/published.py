@@ -12,16 +12,15 @@ nothing any more, where there are any.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantkit.errors import SourceError
 from quantkit.hub.listing import Listed
-from quantkit.hub.manifest import MANIFEST, Check, FileSum, Manifest
+from quantkit.hub.manifest import MANIFEST, REPO_SCHEMA, Check, FileSum, Manifest, well_typed
 from quantkit.hub.push.publication import README, Placed, Publication, is_weights
 
-SCHEMA = "quantkit/repo/1"
 SUMS = "SHA256SUMS"
 RECIPE = "recipe.yaml"
 PICTURE = "report/quality.png"
@@ -64,8 +63,8 @@ def parse(text: bytes) -> Published:
     if not ours:
         return Published()
     try:
-        return _several(found) if found["schema"] == SCHEMA else _single(found)
-    except (KeyError, TypeError, ValueError, AttributeError, SourceError):
+        return _several(found) if found["schema"] == REPO_SCHEMA else _single(found)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError):
         return Published(ours=True)
 
 
@@ -73,9 +72,7 @@ def _single(found: Mapping[str, Any]) -> Published:
     manifest = Manifest.from_json(found, MANIFEST)
     placed = Placed(manifest, tuple(manifest.files))
     described = (RECIPE, SUMS, PICTURE)
-    return Published(
-        True, (placed,), manifest.files, described, _lines(found, "left"), _lines(found, "changes")
-    )
+    return Published(True, (placed,), manifest.files, described, *_lists(found))
 
 
 def _several(found: Mapping[str, Any]) -> Published:
@@ -83,21 +80,27 @@ def _several(found: Mapping[str, Any]) -> Published:
     for name, told in found["targets"].items():
         placed = found["placed"][name]
         checks = found["checks"].get(name)
-        targets.append(
-            Placed(
-                Manifest.from_json(told, MANIFEST),
-                tuple(str(path) for path in placed["files"]),
-                placed["branch"],
-                None if checks is None else tuple(Check(**check) for check in checks),
-            )
+        made = Placed(
+            Manifest.from_json(told, MANIFEST),
+            _texts(placed["files"]),
+            placed["branch"],
+            None if checks is None else tuple(well_typed(Check(**check)) for check in checks),
         )
-    files = {str(path): FileSum(**told) for path, told in found["files"].items()}
+        targets.append(well_typed(made))
+    files = {path: well_typed(FileSum(**told)) for path, told in found["files"].items()}
     described = (*recipes(found["targets"], several=True), SUMS, PICTURE)
-    return Published(True, tuple(targets), files, described, _lines(found, "left"), _lines(found, "changes"))
+    return Published(True, tuple(targets), files, described, *_lists(found))
 
 
-def _lines(found: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(str(line) for line in found.get(key, ()))
+def _lists(found: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is left, and changes."""
+    return _texts(found.get("left", [])), _texts(found.get("changes", []))
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise TypeError("must be a list of texts")
+    return tuple(found)
 
 
 def recipes(names: Iterable[str], *, several: bool) -> tuple[str, ...]:
@@ -118,9 +121,15 @@ def left(
 
 
 def still_there(
-    known: Published, publication: Publication, listed: Mapping[str, Listed], branches: Collection[str]
+    known: Published,
+    publication: Publication,
+    listed: Mapping[str, Listed],
+    of_branch: Callable[[str], Mapping[str, Listed]],
 ) -> tuple[Placed, ...]:
-    """Targets of earlier pushes that this one leaves alone and whose files nobody changed since."""
+    """Targets of earlier pushes that this one leaves alone and whose files nobody changed since.
+
+    `of_branch` lists another branch; nothing where there is none.
+    """
     if not publication.several:
         return ()
     now = {placed.manifest.name for placed in publication.placed}
@@ -130,17 +139,21 @@ def still_there(
         for placed in known.targets
         if placed.manifest.name not in now
         and not taken.intersection(placed.files)
-        and (_intact(placed, known, listed) if placed.branch is None else placed.branch in branches)
+        and (
+            _intact(placed, known.files, listed)
+            if placed.branch is None
+            else _intact(placed, placed.manifest.files, of_branch(placed.branch))
+        )
     )
 
 
-def _intact(placed: Placed, known: Published, listed: Mapping[str, Listed]) -> bool:
+def _intact(placed: Placed, told: Mapping[str, FileSum], listed: Mapping[str, Listed]) -> bool:
     """Side files may have come anew with another target; weights are what the numbers are about."""
     for path in placed.files:
-        there, told = listed.get(path), known.files.get(path)
-        if there is None or told is None:
+        there, made = listed.get(path), told.get(path)
+        if there is None or made is None:
             return False
-        if is_weights(path) and (there.size != told.bytes or (there.large and there.sum != told.sha256)):
+        if is_weights(path) and (there.size != made.bytes or (there.large and there.sum != made.sha256)):
             return False
     return True
 
@@ -178,7 +191,7 @@ def compose(
     else:
         placed = sorted((*publication.placed, *earlier), key=lambda each: each.manifest.name)
         document = {
-            "schema": SCHEMA,
+            "schema": REPO_SCHEMA,
             "targets": {each.manifest.name: each.manifest.to_json() for each in placed},
             "placed": {
                 each.manifest.name: {"files": list(each.files), "branch": each.branch} for each in placed

@@ -11,15 +11,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import HubError, QuantkitError, UsageError
 from quantkit.hub.push import access, preflight
-from quantkit.hub.push.difference import Sums, counted
+from quantkit.hub.push.difference import OF_THE_HUB, Sums, counted
 from quantkit.hub.push.patience import Patience
 from quantkit.hub.push.preflight import Plan
 from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.record import Record
 from quantkit.hub.push.refusals import Place, distinct, in_one_line
-from quantkit.hub.push.remote import ensure, is_private, read_tag
+from quantkit.hub.push.remote import ensure, is_private, listing, read_tag
 from quantkit.hub.push.session import Card, Options, Session
 from quantkit.hub.push.upload import Done, Upload
 from quantkit.run.progress import SILENT, Progress
@@ -94,7 +94,7 @@ def push(
         patience = Patience(options.sleep, progress)
         place = Place(api, publications[0].repo, options.resume or "the same command again")
         account = access.find_account(place, patience)
-        kept = Record(None if options.dry_run else record)
+        kept = Record(None if options.dry_run else record, progress)
         session = Session(api, card, options, progress, patience, Sums(), kept, account)
         plans = tuple(_plan(session, publication) for publication in publications)
         if options.dry_run:
@@ -107,7 +107,8 @@ def push(
             upload = Upload(session, plan, is_prepared=any(each.repo == repo for each in done))
             made = upload.run()
             finished = all(later.publication.repo != repo for later in plans[i + 1 :])
-            done.append(_finish(session, upload, made, plan, last=finished))
+            before = [pair for pair in zip(plans, done, strict=False) if pair[1].repo == repo]
+            done.append(_finish(session, upload, plan, [*before, (plan, made)], last=finished))
         return Pushed(plans, tuple(done), False)
 
 
@@ -138,8 +139,14 @@ def _tell(progress: Progress, plans: Sequence[Plan]) -> None:
         progress.note(f"{plan.publication.name}: {plan.total}")
 
 
-def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: bool) -> Done:
-    """The tag; and, once everything in the repository is verified, who may see it."""
+def _finish(
+    session: Session, upload: Upload, plan: Plan, here: Sequence[tuple[Plan, Done]], *, last: bool
+) -> Done:
+    """The tag; and, once everything in the repository is verified, who may see it.
+
+    `here` are the plans of the repository so far, with what was done.
+    """
+    done = here[-1][1]
     publication, place = plan.publication, session.place(plan.publication)
     entry = upload.entry
     if publication.tag is not None and not publication.create_pr:
@@ -152,6 +159,8 @@ def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: b
     if last and wanted == "private-then-public" and not publication.create_pr:
         if plan.remote.private is not False:
             session.progress.step("push", f"making {publication.repo} public")
+            if not session.options.confirmed:
+                _require_agreed(session, here)
             show = partial(session.api.update_repo_settings, publication.repo, visibility="public")
             ensure(
                 place,
@@ -164,6 +173,20 @@ def _finish(session: Session, upload: Upload, done: Done, plan: Plan, *, last: b
     entry.step = "done"
     session.record.keep(entry)
     return done
+
+
+def _require_agreed(session: Session, here: Sequence[tuple[Plan, Done]]) -> None:
+    """HubError when a repository that is to become public holds what was not there to be agreed to."""
+    for plan, done in here:
+        publication, place = plan.publication, session.place(plan.publication)
+        agreed = {OF_THE_HUB, *done.sent, *(row.path for row in plan.rows)}
+        files = listing(place, session.patience, publication.revision)
+        if others := sorted(files.keys() - agreed):
+            raise HubError(
+                f"{publication.name} is complete and stays private: {counted(len(others))} appeared while it "
+                f"was published to (first: '{others[0]}').",
+                remedy=f"if all may see that: {place.resume}, with --yes",
+            )
 
 
 def _tag(session: Session, place: Place, tag: str, commit: str) -> None:

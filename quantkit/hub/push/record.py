@@ -1,7 +1,7 @@
 """`publish.json` beside the targets: what was published where, as far as a push got.
 
 It is written after each step. Only the number of a pull request is read from it: what is there, the
-repository itself says.
+repository itself says. So nothing fails for want of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from quantkit import __version__
 from quantkit.checkpoint.atomic import write_text
-from quantkit.errors import UsageError
+from quantkit.errors import RunError
+from quantkit.run.progress import Progress
 
 SCHEMA = "quantkit/publish/1"
 RECORD = "publish.json"
@@ -39,23 +40,33 @@ class Entry:
 
 
 class Record:
-    """The file, or (path None) nothing."""
+    """The file, or (path None) nothing. One that is not ours is left as it is."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, progress: Progress) -> None:
         self._path = path
+        self._progress = progress
         self._entries: dict[tuple[str, str, str], dict[str, Any]] = {}
-        if path is None or not path.exists():
-            return
+        if path is not None:
+            try:
+                self._read(path)
+            except OSError as error:
+                self._do_without(f"`{path}` cannot be read: {error.strerror}")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                self._do_without(f"`{path}` is not what quantkit push writes")
+
+    def _read(self, path: Path) -> None:
         try:
             found = json.loads(path.read_text("utf-8"))
-            if found["schema"] != SCHEMA:
-                raise ValueError(found["schema"])
-            for told in found["publications"]:
-                self._entries[told["endpoint"], told["repo"], told["branch"]] = told
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"`{path}` is not what quantkit push writes", remedy="move it away, it is not needed"
-            ) from error
+        except FileNotFoundError:
+            return
+        if found["schema"] != SCHEMA:
+            raise ValueError(found["schema"])
+        for told in found["publications"]:
+            self._entries[told["endpoint"], told["repo"], told["branch"]] = told
+
+    def _do_without(self, why: str) -> None:
+        self._path = None
+        self._progress.warn(f"{why}; it is left as it is, and not needed: where this push gets is not noted")
 
     def pull_request(self, endpoint: str, repo: str, branch: str) -> int | None:
         """The number of the pull request that an earlier push opened."""
@@ -72,7 +83,12 @@ class Record:
             "versions": {"quantkit": __version__, **_versions()},
             "publications": list(self._entries.values()),
         }
-        write_text(self._path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        try:
+            write_text(self._path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        except RunError as error:
+            self._do_without(error.message)
+        except (OSError, RecursionError) as error:
+            self._do_without(f"`{self._path}` cannot be written: {error}")
 
 
 def _versions() -> dict[str, str]:

@@ -178,7 +178,8 @@ def _answered(status: int, told: str, place: Place, doing: str) -> HubError:
         case 413:
             return HubError(
                 f"The Hub finds this too large, while {doing}: {told}",
-                remedy="write smaller shards, or free storage, and run quantkit convert again",
+                remedy=f"free storage, then: {place.resume}; or convert again with a smaller --shard-size "
+                "(output.shard_size) and --on-exists replace",
             )
         case 429:
             return HubError("Rate limited.", remedy=f"wait a few minutes, then: {place.resume}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -73,6 +73,11 @@ def look(
     files = {} if start is None else listing(place, patience, start)
     readme = _text(place, patience, start, files.get(README))
     known = published.parse(_text(place, patience, start, files.get(MANIFEST)) or b"")
+
+    @cache
+    def of_branch(name: str) -> Mapping[str, Listed]:
+        return listing(place, patience, branches[name]) if name in branches else {}
+
     return RemoteState(
         exists=True,
         private=bool(info.private),
@@ -83,7 +88,7 @@ def look(
         tags=tags,
         readme=None if readme is None else readme.decode("utf-8", "replace"),
         known=known,
-        earlier=published.still_there(known, publication, files, branches),
+        earlier=published.still_there(known, publication, files, of_branch),
         changes=known.changes,
     )
 

@@ -74,7 +74,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whose token it is; `namespaces` are those it may write to, None: only the Hub knows."""
+    """Whose token it is; `namespaces` are those that it may make repositories in."""
 
     name: str
     namespaces: tuple[str, ...]

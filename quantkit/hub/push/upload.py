@@ -21,7 +21,7 @@ from huggingface_hub.hf_api import GitCommitInfo
 from quantkit.errors import HubError, QuantkitError, VerifyError
 from quantkit.hub.listing import Listed
 from quantkit.hub.push import access, description, preflight, pull_request, refusals
-from quantkit.hub.push.difference import nothing_to_do
+from quantkit.hub.push.difference import MAKE_ANEW, nothing_to_do
 from quantkit.hub.push.patience import TRIES, failed_for_good
 from quantkit.hub.push.preflight import Plan
 from quantkit.hub.push.publication import Item
@@ -231,7 +231,8 @@ class Upload:
             raise failed_for_good(error, self._place, doing, self._state()) from error
         if not self._session.sums.unchanged(item.source):
             raise VerifyError(
-                f"`{item.place}` was written to while it was uploaded", remedy="run quantkit convert again"
+                f"`{item.place}` was written to while it was uploaded",
+                remedy=f"{MAKE_ANEW}, and let nothing else write to it",
             )
         self._uploaded.add(item.path_in_repo)
         return operation

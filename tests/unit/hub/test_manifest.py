@@ -58,6 +58,17 @@ def test_values_of_another_type(problem: str) -> None:
         Manifest.from_json(found, "`here`")
 
 
+def test_numbers_that_no_float_holds(tmp_path: Path) -> None:
+    found = json.loads(json.dumps(manifest().to_json())) | {"bits_per_weight": 10**400}
+    with pytest.raises(SourceError, match="is not what quantkit writes: OverflowError"):
+        Manifest.from_json(found, "`here`")
+    checks = checks_json("key", (check(),))
+    checks["engines"][0]["kl_mean"] = 10**400
+    (tmp_path / CHECKS).write_text(json.dumps(checks))
+    with pytest.raises(SourceError, match="is not what quantkit writes: OverflowError"):
+        read_checks(tmp_path, "key")
+
+
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 200_000, '"x"', "{}"])
 def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)

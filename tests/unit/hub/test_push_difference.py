@@ -12,12 +12,11 @@ import pytest
 from quantkit.errors import UsageError, VerifyError
 from quantkit.hub.listing import Listed
 from quantkit.hub.manifest import FileSum
-from quantkit.hub.push import advice, preflight, published
+from quantkit.hub.push import advice, preflight
 from quantkit.hub.push.difference import Row, Sums, difference, nothing_to_do
 from quantkit.hub.push.publication import Item, publications
 from quantkit.hub.push.remote import RemoteState
 from quantkit.recipe.spec import Publish
-from quantkit.run import cards
 from tests.targets import gguf
 
 
@@ -69,29 +68,6 @@ def test_rows() -> None:
         Row("other", "untouched", 1, 1),
     )
     assert not nothing_to_do(rows) and nothing_to_do(difference(items[1:2], listed, sums))
-
-
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"schema": "x"}', b"[" * 100_000, b"\xff"])
-def test_a_quantkit_json_of_somebody_else(text: bytes) -> None:
-    assert published.parse(text) == published.Published()
-
-
-@pytest.mark.parametrize("text", [b'{"schema": "quantkit/repo/1"}', b'{"schema": "quantkit/target/9"}'])
-def test_a_quantkit_json_of_another_version(text: bytes) -> None:
-    assert published.parse(text) == published.Published(ours=True)
-
-
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    (made,) = publications([gguf(tmp_path, "q4_k_m"), gguf(tmp_path, "q8_0")], Publish("alice/Tiny"))
-    known = published.parse(published.compose(made, (), published.Published(), ("a change",)))
-    assert known.ours and known.targets == made.placed and known.changes == ("a change",)
-    assert known.files == {item.path_in_repo: item.expected for item in made.weights}
-    other = replace(made, placed=made.placed[:1], weights=())
-    assert published.still_there(known, other, {}, ()) == ()
-
-
-def test_the_picture_of_a_card_is_where_it_is_looked_for() -> None:
-    assert published.PICTURE == cards.PLOT
 
 
 def test_limits_of_the_hub(tmp_path: Path) -> None:

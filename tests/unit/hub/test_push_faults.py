@@ -310,6 +310,37 @@ def test_somebody_else_makes_the_repository_public_meanwhile(hub: HubServer, tmp
     assert "Tiny-Q4_K_M.gguf" not in hub.repo(REPO).files()
 
 
+def test_what_appears_meanwhile_is_not_made_public(hub: HubServer, tmp_path: Path) -> None:
+    push = pusher(hub, tmp_path)
+    branch = "gguf-q4_k_m"
+    # that branch is done by then, main is not
+    hub.when(f"{COMMIT}main", lambda: hub.add(REPO, {"secret.txt": b"x"}, revision=branch))
+    said = fails(push, hub)
+    assert f"{REPO}, branch {branch} is complete and stays private: 1 file appeared" in said
+    assert "first: 'secret.txt'" in said and said.endswith(", with --yes")
+    assert hub.repo(REPO).private
+    with pytest.raises(UsageError, match="give --yes if all may see that"):
+        push()
+    push(confirmed=True)
+    assert not hub.repo(REPO).private
+
+
+def test_what_appears_after_the_last_commit_is_not_made_public(hub: HubServer, tmp_path: Path) -> None:
+    push = pusher(hub, tmp_path)
+    hub.when(f"POST {MODEL}/tag/", lambda: hub.add(REPO, {"z.txt": b"x", "a.txt": b"x"}))
+    said = fails(push, hub)
+    assert f"{REPO} is complete and stays private: 2 files appeared" in said and "'a.txt'" in said
+    assert hub.repo(REPO).private
+
+
+def test_a_record_that_cannot_be_written_stops_nothing(hub: HubServer, tmp_path: Path) -> None:
+    push = pusher(hub, tmp_path)
+    push.record = tmp_path / "gone" / "publish.json"
+    push()
+    complete(hub, push)
+    assert sum("where this push gets is not noted" in line for line in push.said.lines) == 1
+
+
 def test_a_card_that_the_hub_refuses(hub: HubServer, tmp_path: Path) -> None:
     push = pusher(hub, tmp_path, Publish(REPO))
     text = b"---\nlicense: {a: 1}\n---\n"
