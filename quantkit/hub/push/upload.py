@@ -1,10 +1,11 @@
 """One publication: repository, branch, weights, verified, then what describes them.
 
-Files are sent one by one with `preupload_lfs_files` and committed together with `create_commit`, not with
-`upload_folder`: they lie in several folders and nothing is to be copied; each is tried again by us and
-told of by itself; content that arrived is never sent twice; and the branch changes in one step, in which
-`upload_folder` may make several. A card and what goes with it follow in a second commit, whose parent is
-the commit that was verified, so that nothing is described that is not there.
+Weight files are sent one by one with `preupload_lfs_files`, what lies beside them at once, and all are
+committed together with `create_commit`, not with `upload_folder`: they lie in several folders and
+nothing is to be copied; each is tried again by us and told of by itself; content that arrived is never
+sent twice; and the branch changes in one step, in which `upload_folder` may make several. A card and
+what goes with it follow in a second commit, whose parent is the commit that was verified, so that
+nothing is described that is not there.
 
 After any failure the listing of the repository decides what is true, not the answer that was lost.
 """
@@ -24,7 +25,7 @@ from quantkit.hub.push import access, description, preflight, pull_request, refu
 from quantkit.hub.push.difference import MAKE_ANEW, nothing_to_do
 from quantkit.hub.push.patience import TRIES, failed_for_good
 from quantkit.hub.push.preflight import Plan
-from quantkit.hub.push.publication import Item
+from quantkit.hub.push.publication import Item, is_weights
 from quantkit.hub.push.record import Entry
 from quantkit.hub.push.refusals import FAILURES, STALE
 from quantkit.hub.push.remote import (
@@ -202,40 +203,51 @@ class Upload:
         return head, self._missing(self._publication.weights, files)
 
     def _send(self, items: Sequence[Item]) -> str:
-        """Upload each of `items`, then commit them; the commit."""
+        """Upload `items`, then commit them; the commit."""
         operations: list[Operation] = []
-        for n, item in enumerate(items, 1):
-            size = format_size(self._session.sums.of(item.source).bytes)
-            self._session.progress.step("upload", f"{item.path_in_repo} ({size}, {n} of {len(items)})")
-            operations.append(self._upload(item))
+        weights = [item for item in items if is_weights(item.path_in_repo)]
+        beside = [item for item in items if item not in weights]
+        if beside:
+            what = f"{len(beside)} files beside the weights" if len(beside) > 1 else beside[0].path_in_repo
+            size = format_size(sum(map(self._size, beside)))
+            self._session.progress.step("upload", f"{what} ({size})")
+            operations += self._upload(beside, what)
+        for n, item in enumerate(weights, 1):
+            what = f"{item.path_in_repo} ({format_size(self._size(item))}, {n} of {len(weights)})"
+            self._session.progress.step("upload", what)
+            operations += self._upload([item], f"'{item.path_in_repo}'")
         self._session.progress.step("commit", self._publication.name)
         title = description.weights_title(self._publication)
         commit = self._commit(items, operations, title, parent=None)
         self._sent += [item.path_in_repo for item in items]
         return commit
 
-    def _upload(self, item: Item) -> CommitOperationAdd:
-        """The content is at the Hub, though in no commit yet."""
-        operation = self._operation(item)
+    def _size(self, item: Item) -> int:
+        return self._session.sums.of(item.source).bytes
+
+    def _upload(self, items: Sequence[Item], what: str) -> list[CommitOperationAdd]:
+        """The contents are at the Hub, in no commit yet; those of a few kB go along with the commit."""
+        operations = [self._operation(item) for item in items]
         send = partial(
             self._place.api.preupload_lfs_files,
             self._publication.repo,
-            additions=[operation],
+            additions=operations,
             revision=self._revision,
             num_threads=1,
         )
-        doing = f"uploading '{item.path_in_repo}'"
+        doing = f"uploading {what}"
         try:
             self._session.patience.attempt(send, self._place, doing)
         except FAILURES as error:
             raise failed_for_good(error, self._place, doing, self._state()) from error
-        if not self._session.sums.unchanged(item.source):
-            raise VerifyError(
-                f"`{item.place}` was written to while it was uploaded",
-                remedy=f"{MAKE_ANEW}, and let nothing else write to it",
-            )
-        self._uploaded.add(item.path_in_repo)
-        return operation
+        for item in items:
+            if not self._session.sums.unchanged(item.source):
+                raise VerifyError(
+                    f"`{item.place}` was written to while it was uploaded",
+                    remedy=f"{MAKE_ANEW}, and let nothing else write to it",
+                )
+            self._uploaded.add(item.path_in_repo)
+        return operations
 
     def _operation(self, item: Item) -> CommitOperationAdd:
         operation = CommitOperationAdd(item.path_in_repo, item.source)
