@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -21,6 +23,11 @@ _YAML_LINES = re.compile("[^\n\x85\u2028\u2029]*[\n\x85\u2028\u2029]|[^\n\x85\u2
 _OURS = ("model-index", "quantkit", "base_model_relation", "quantized_by")
 _UNITED = ("tags", "language", "datasets")
 _LICENCE = ("license", "license_name", "license_link")
+_EMPTY: tuple[Any, ...] = (None, "", [])
+# Digests of what a card of ours wrote, by key: of the value, or of each item of what is united.
+Written = Mapping[str, frozenset[str]]
+DIGEST = 6
+NOTHING: Written = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,14 @@ class FrontMatter:
     yaml: str
     rest: str
     first_line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """YAML, and what of it is ours."""
+
+    yaml: str
+    written: Written
 
 
 def find(text: str) -> FrontMatter | None:
@@ -63,25 +78,84 @@ def dump(values: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=110))
 
 
-def merged(ours: str, theirs: str, *, made_before: bool) -> str:
+def merged(ours: str, theirs: str, *, made_before: bool, before: Written = NOTHING) -> Merged:
     """The YAML of `theirs` with what `ours` adds.
 
     Theirs win, and keep their lines and comments, except for what only we can know; lists of tags, languages
     and datasets are united; results of others in `model-index` stay.
     made_before  `theirs` is of a card of ours, so that what it says of us and `ours` does not is outdated
+    before       what of `theirs` an earlier card of ours wrote: replaced or dropped while it is unchanged
     UsageError when `theirs` is not YAML.
     """
     found, new = _mapping(theirs), _mapping(ours)
     if not found:
         # comments alone are kept, too
-        return theirs + ours if _reads_as(theirs + ours, new) else ours
-    expected = dict(_decided(found, _listed_texts(theirs), new, made_before))
+        text = theirs + ours if _reads_as(theirs + ours, new) else ours
+        return Merged(text, _written(new, {}, {}, new, before))
+    own, texts = _of_a_person(found, _listed_texts(theirs), new, before)
+    decided = dict(_decided(own, texts, new, made_before))
+    expected = {key: decided[key] for key in dict.fromkeys([*found, *new]) if key in decided}
     changed = {key: value for key, value in expected.items() if key not in found or found[key] != value}
     dropped = {key for key in found if key not in expected}
     text = "".join(_rewritten(theirs, changed, dropped))
     text += "".join(dump({key: value}) for key, value in changed.items() if key not in found)
     # anchors, one line of braces and the like do not survive such surgery; values always do
-    return text if _reads_as(text, expected) else dump(expected)
+    text = text if _reads_as(text, expected) else dump(expected)
+    return Merged(text, _written(expected, own, texts, new, before))
+
+
+def _of_a_person(
+    found: Mapping[Any, Any], texts: Mapping[str, list[str]], new: Mapping[Any, Any], before: Written
+) -> tuple[dict[Any, Any], dict[str, list[str]]]:
+    """`found` and its `texts` without what we wrote; of what is united, without what we write no more."""
+    own, left = dict(found), dict(texts)
+    ours = {key for key, value in found.items() if _digest(value) in before.get(key, ())}
+    licence = {key for key in _LICENCE if found.get(key) not in _EMPTY}
+    if not licence <= ours and found.get("license") not in (None, new.get("license")):
+        # a licence is a person's as a whole: without our name for it theirs may be incomplete
+        ours -= licence
+    for key in ours.difference(_UNITED, _OURS):
+        del own[key]
+    for key in own.keys() & set(_UNITED):
+        wanted = listed(new.get(key))
+        left[key] = [t for t in texts[key] if t in wanted or _digest(t) not in before.get(key, ())]
+        if texts[key] and not left[key]:
+            del own[key]
+        elif left[key] != texts[key]:
+            own[key] = left[key]
+    return own, left
+
+
+def _written(
+    expected: Mapping[Any, Any],
+    own: Mapping[Any, Any],
+    texts: Mapping[str, list[str]],
+    new: Mapping[Any, Any],
+    before: Written,
+) -> Written:
+    """What of `expected` is ours: `own` has not said it, or only since an earlier card did."""
+    out = {}
+    for key, value in expected.items():
+        held = before.get(key, frozenset())
+        if key in _UNITED:
+            there = texts.get(key, [])
+            digests = {d for t in listed(new.get(key)) if (d := _digest(t)) in held or t not in there}
+        elif key not in _OURS:
+            ours = own.get(key) in _EMPTY and value == new.get(key)
+            digests = {d for d in [_digest(value)] if ours or d in held}
+        else:
+            continue
+        if known := frozenset(d for d in digests if d is not None):
+            out[key] = known
+    return out
+
+
+def _digest(value: Any) -> str | None:
+    """Of a text or a list of texts, which is all that we write where a person may; None: something else."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST]
 
 
 def _mapping(text: str) -> dict[Any, Any]:
@@ -126,7 +200,7 @@ def _decided(
         elif key in _LICENCE and not same_licence:
             value = yours
         else:
-            value = mine if yours in (None, "", []) and mine is not None else yours
+            value = mine if yours in _EMPTY and mine is not None else yours
         if value is not None or (key in found and key not in _OURS):
             yield key, value
 
@@ -134,7 +208,7 @@ def _decided(
 def _united(written: Sequence[str], yours: Any, mine: Any) -> Any:
     """Theirs as it is when it holds ours already, else both."""
     added = [text for text in listed(mine) if text not in written]
-    return yours if yours not in (None, "", []) and not added else [*written, *added] or yours
+    return yours if yours not in _EMPTY and not added else [*written, *added] or yours
 
 
 def _index(mine: Any, yours: Any) -> Any:
@@ -181,19 +255,33 @@ def _rewritten(text: str, changed: Mapping[Any, Any], dropped: set[Any]) -> Iter
     """The lines of `text`; a value that changed is written anew in its place."""
     node = compose(text)
     lines = _YAML_LINES.findall(text)
-    keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    starts = [key.start_mark.line for key in keys]
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    starts = [key.start_mark.line for key, _ in pairs]
     yield "".join(lines[: starts[0]] if starts else lines)
     written = set()
-    for key, start, end in zip(keys, starts, [*starts[1:], len(lines)], strict=True):
+    for (key, value), start, end in zip(pairs, starts, [*starts[1:], len(lines)], strict=True):
         segment = lines[start:end]
         last = max((n for n, line in enumerate(segment) if not _is_between(line)), default=-1)
-        if key.value in changed and key.value not in written:
-            yield dump({key.value: changed[key.value]})
-        elif key.value not in changed and key.value not in dropped:
+        if key.value not in changed and key.value not in dropped:
             yield "".join(segment[: last + 1])
+        else:
+            yield from _comments(start, value, lines[: start + last + 1])
+            if key.value in changed and key.value not in written:
+                yield dump({key.value: changed[key.value]})
         written.add(key.value)
         yield "".join(segment[last + 1 :])
+
+
+def _comments(start: int, value: yaml.Node, lines: Sequence[str]) -> Iterator[str]:
+    """What a person says behind a value, or between its items, as lines of their own."""
+    items = value.value if isinstance(value, yaml.SequenceNode) else []
+    ends = [(node.end_mark.line, node.end_mark.column) for node in (*items, value)]
+    between = [(line, 0) for line in range(start, len(lines) if items else start)]
+    # one for each line: of two ends, and an end and the whole line, the later
+    for line, column in dict(sorted([*between, *ends])).items():
+        behind = lines[line][column:].strip() if line < len(lines) else ""
+        if behind.startswith("#"):
+            yield f"{behind}\n"
 
 
 def _is_between(line: str) -> bool:

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 from quantkit.errors import UsageError
 from quantkit.hub.card import front_matter
+from quantkit.hub.card.front_matter import DIGEST, Written
 
 MARK = "<!-- quantkit:"
 _BEGIN = re.compile(r"^<!-- quantkit:begin\b[^\r\n]*?-->[ \t]*(?=\r?$)", re.MULTILINE)
 _END = re.compile(r"^<!-- quantkit:end -->[ \t]*(?=\r?$)", re.MULTILINE)
-_SUM = re.compile(r"<!-- quantkit:begin sha256=([0-9a-f]{64}) -->")
+_SUM = re.compile(r"<!-- quantkit:begin sha256=([0-9a-f]{64})(?![^ ])")
+# what of the metadata we wrote: `front=license:1a2b3c,tags:1a2b3c4d5e6f`, one digest behind another
+_FRONT = re.compile(r" front=([\w:,]*)")
+_DIGESTS = re.compile(rf"(?:[0-9a-f]{{{DIGEST}}})+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class _Block:
     start: int
     end: int
     unchanged: bool
+    written: Written
 
 
 def marked(body: str) -> str:
@@ -42,22 +47,46 @@ def merge(generated: str, existing: str | None, *, replace: bool = False) -> str
     Our part takes the place of an earlier one of ours, or stands at the end. UsageError when a person edited
     that earlier part, or left metadata that cannot be read, unless `replace`.
     """
-    if existing is None or not existing.removeprefix("\ufeff").strip():
-        return generated
-    newline = "\r\n" if re.search(r"\A[^\n]*\r\n", existing) else "\n"
     ours = front_matter.find(generated)
     if ours is None:
         raise ValueError("a generated card has metadata")
-    block = ours.rest.strip("\n").replace("\n", newline)
+    if existing is None or not existing.removeprefix("\ufeff").strip():
+        alone = front_matter.merged(ours.yaml, "", made_before=False)
+        return f"---\n{ours.yaml}---\n{_stamped(ours.rest, alone.written)}"
+    newline = "\r\n" if re.search(r"\A[^\n]*\r\n", existing) else "\n"
     theirs = _front_matter(existing, replace)
     text = existing.removeprefix("\ufeff") if theirs is None else theirs.rest
     blocks = _blocks(text, replace)
-    before = front_matter.merged(ours.yaml, theirs.yaml, made_before=bool(blocks)) if theirs else ours.yaml
-    head = f"---\n{before}---\n".replace("\n", newline)
+    front = front_matter.merged(
+        ours.yaml,
+        "" if theirs is None else theirs.yaml,
+        made_before=bool(blocks),
+        before=blocks[0].written if blocks else front_matter.NOTHING,
+    )
+    head = f"---\n{front.yaml}---\n".replace("\n", newline)
     if theirs is None:
         # a paragraph that begins right behind the metadata reads as before
         head += newline
+    block = _stamped(ours.rest, front.written).strip("\n").replace("\n", newline)
     return head + _placed(text, block, blocks, newline)
+
+
+def _stamped(rest: str, written: Written) -> str:
+    """`rest` of a generated card, whose mark says what of the metadata is ours."""
+    front = ",".join(f"{key}:{''.join(sorted(digests))}" for key, digests in sorted(written.items()))
+    said = f" front={front} -->" if front else " -->"
+    return _BEGIN.sub(lambda mark: (_SUM.match(mark[0]) or mark)[0] + said, rest, count=1)
+
+
+def _stamp(mark: str) -> Written:
+    """What the mark of an earlier card says; what of it cannot be read says nothing."""
+    front = _FRONT.search(mark)
+    pairs = [part.partition(":") for part in front[1].split(",")] if front else []
+    return {
+        key: frozenset(re.findall(f".{{{DIGEST}}}", digests))
+        for key, _, digests in pairs
+        if _DIGESTS.fullmatch(digests)
+    }
 
 
 def _front_matter(existing: str, replace: bool) -> front_matter.FrontMatter | None:
@@ -97,12 +126,13 @@ def _blocks(text: str, replace: bool) -> list[_Block]:
         following = _BEGIN.search(text, begin.end())
         if end is None or (following is not None and following.start() < end.start()):
             # without an end nobody knows what is theirs: only the mark itself is ours
-            found.append(_Block(begin.start(), begin.end(), False))
+            found.append(_Block(begin.start(), begin.end(), False, _stamp(begin[0])))
             position = begin.end()
             continue
         inner = text[begin.end() : end.start()].replace("\r\n", "\n").removeprefix("\n")
         said = _SUM.match(begin[0])
-        found.append(_Block(begin.start(), end.end(), said is not None and said[1] == _sha256(inner)))
+        unchanged = said is not None and said[1] == _sha256(inner)
+        found.append(_Block(begin.start(), end.end(), unchanged, _stamp(begin[0])))
         position = end.end()
     stray = not found and _END.search(text) is not None
     if not replace and (stray or len(found) > 1 or any(not block.unchanged for block in found)):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import re
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantkit.checkpoint.card import listed
 from quantkit.errors import UsageError
 from quantkit.hub.card import render
 from quantkit.hub.card.front_matter import find
 from quantkit.hub.card.own_text import marked, merge
 from tests import cards
 
-CARD = render(cards.page())
-NEWER = render(cards.page(cards.gguf("q8_0", 8.5, 0.0004), changes=("Q8_0 instead",)))
+CARD = merge(render(cards.page()), None)
+NEWER = merge(render(cards.page(cards.gguf("q8_0", 8.5, 0.0004), changes=("Q8_0 instead",))), None)
 PERSON = """\
 ---
 # what I want to keep
@@ -39,6 +42,11 @@ def block(text: str) -> str:
     return text[begin : text.index("<!-- quantkit:end -->") + len("<!-- quantkit:end -->")]
 
 
+def plain(text: str) -> str:
+    """Without what the mark says of the metadata."""
+    return re.sub(r" front=\S*", "", text)
+
+
 def front(text: str) -> dict[str, object]:
     found = find(text)
     assert found is not None
@@ -50,12 +58,13 @@ def front(text: str) -> dict[str, object]:
 @pytest.mark.parametrize("existing", [None, "", " \n", "\ufeff\n"])
 def test_nothing_there(existing: str | None) -> None:
     assert merge(CARD, existing) == CARD
+    assert plain(CARD) == render(cards.page())
 
 
 def test_the_block_carries_its_sum() -> None:
     first, rest = block(CARD).split("\n", 1)
     inner = rest.removesuffix("<!-- quantkit:end -->")
-    assert first == f"<!-- quantkit:begin sha256={hashlib.sha256(inner.encode()).hexdigest()} -->"
+    assert plain(first) == f"<!-- quantkit:begin sha256={hashlib.sha256(inner.encode()).hexdigest()} -->"
 
 
 def test_our_card_is_replaced_by_the_newer() -> None:
@@ -77,7 +86,7 @@ def test_text_without_our_marks_stays_and_ours_is_appended() -> None:
     made = merge(CARD, PERSON)
     found = find(made)
     assert found is not None
-    assert found.rest == f"# My model\n\n---\n\nWords of mine.\n\n{block(CARD)}\n"
+    assert plain(found.rest) == plain(f"# My model\n\n---\n\nWords of mine.\n\n{block(CARD)}\n")
     assert merge(CARD, made) == made
 
 
@@ -123,8 +132,6 @@ def test_results_of_others_stay_and_our_outdated_ones_go() -> None:
 
 
 def test_a_licence_is_taken_whole() -> None:
-    import dataclasses
-
     other = dataclasses.replace(cards.LICENCE, id="other", name="tiny", link="https://example.org/l")
     card = render(cards.page(licence=other))
     assert "license_name" not in front(merge(card, "---\nlicense: mit\n---\nx\n"))
@@ -149,7 +156,7 @@ def test_an_edited_part_is_not_lost(edit: object) -> None:
         merge(NEWER, written)
     assert "--replace-card" in str(caught.value) and "outside" in str(caught.value)
     made = merge(NEWER, written, replace=True)
-    assert block(NEWER) in made and made.endswith("\nbelow\n") == ("quantkit:begin" in written)
+    assert plain(block(NEWER)) in plain(made) and made.endswith("\nbelow\n") == ("quantkit:begin" in written)
     assert "below" in made
 
 
@@ -163,10 +170,10 @@ def test_line_ends_of_windows_stay() -> None:
     written = (PERSON + "\n" + CARD.split("---\n", 2)[2]).replace("\n", "\r\n")
     made = merge(NEWER, written)
     assert made.replace("\r\n", "").count("\n") == 0
-    assert block(made).replace("\r\n", "\n") == block(NEWER)
+    assert plain(block(made).replace("\r\n", "\n")) == plain(block(NEWER))
     assert merge(NEWER, made) == made
     # a checkout may change all line ends: the part is still ours
-    assert block(merge(CARD, made.replace("\r\n", "\n"))) == block(CARD)
+    assert plain(block(merge(CARD, made.replace("\r\n", "\n")))) == plain(block(CARD))
 
 
 def test_a_rule_is_no_metadata() -> None:
@@ -225,6 +232,108 @@ def test_a_body_may_not_hold_marks() -> None:
         marked("a <!-- quantkit:end --> b")
 
 
+def pushed(licence: str | None = "mit", base: str | None = "org/old", **card: object) -> str:
+    """A card of which the source says `card`, as `push --license --base-model` renders it."""
+    made = cards.manifest(source=cards.origin(card=card))
+    bases = () if base is None else (base,)
+    terms = dataclasses.replace(cards.LICENCE, id=licence, base_models=bases)
+    return render(cards.page(cards.variant(made), licence=terms))
+
+
+OLD = merge(pushed(tags=["chat", "old"], language=["en", "de"], datasets=["org/a"]), None)
+NEW = pushed("apache-2.0", "org/new", tags=["chat", "new"], language=["en"])
+
+
+def test_what_an_earlier_push_wrote_is_replaced() -> None:
+    made = merge(NEW, OLD)
+    assert front(made) == front(NEW) and block(made) == block(merge(NEW, None))
+    assert front(merge(OLD, made)) == front(OLD)
+    assert merge(NEW, made) == made
+    # and what it wrote no more is gone
+    bare = front(merge(pushed(None, None), made))
+    assert not bare.keys() & {"license", "base_model", "base_model_relation", "datasets", "language"}
+    assert bare["tags"] == ["quantkit", "gguf"]
+
+
+def test_what_a_person_changed_since_stays() -> None:
+    written = OLD.replace("license: mit", "license: bsd-3-clause").replace("- old\n", "- old\n- mine\n")
+    written = written.replace("base_model: org/old", "base_model: [org/old, org/more]")
+    made = merge(NEW, written)
+    values = front(made)
+    assert values["license"] == "bsd-3-clause" and values["base_model"] == ["org/old", "org/more"]
+    assert values["tags"] == ["quantkit", "gguf", "chat", "mine", "new"] and values["language"] == ["en"]
+    assert "datasets" not in values and merge(NEW, made) == made
+    assert front(merge(pushed(None, None), made))["tags"] == ["quantkit", "gguf", "mine"]
+
+
+def test_a_value_that_agrees_with_ours_by_chance_stays_a_persons() -> None:
+    made = merge(pushed(tags=["chat"]), "---\nlicense: mit\ntags: [chat]\n---\nwords\n")
+    values = front(merge(NEW, made))
+    assert values["license"] == "mit" and values["tags"] == ["chat", "quantkit", "gguf", "new"]
+    # the same after an edit in between
+    written = OLD.replace("license: mit", "license: apache-2.0")
+    assert front(merge(OLD, merge(NEW, written)))["license"] == "apache-2.0"
+
+
+def test_what_a_person_deletes_of_ours_and_we_still_write_comes_back() -> None:
+    written = OLD.replace("license: mit\n", "").replace("- chat\n", "")
+    made = merge(NEW, written)
+    assert front(made)["license"] == "apache-2.0" and "chat" in listed(front(made)["tags"])
+    assert front(merge(pushed(None, None), made)).keys() & {"license", "datasets"} == set()
+
+
+def test_comments_of_a_person_outlive_our_values() -> None:
+    written = OLD.replace("license: mit\n", "# above\nlicense: mit  # behind\n")
+    assert "# above\n# behind\nlicense: apache-2.0\n" in merge(NEW, written)
+    assert "# above\n# behind\n" in merge(pushed(None, None), written)
+    written = OLD.replace("- old\n", "# between\n- old # this\n")
+    assert "# between\n# this\ntags:\n- quantkit\n- gguf\n- chat\n- new\n" in merge(NEW, written)
+
+
+def test_a_licence_of_ours_goes_whole_and_one_of_a_person_stays_whole() -> None:
+    terms = dataclasses.replace(cards.LICENCE, id="other", name="tiny", link="https://example.org/l")
+    other = merge(render(cards.page(licence=terms)), None)
+
+    def licence(text: str) -> list[object]:
+        return [front(text).get(key) for key in ("license", "license_name", "license_link")]
+
+    assert licence(merge(NEW, other)) == ["apache-2.0", None, None]
+    edited = merge(NEW, other.replace("license_name: tiny", "license_name: mine"))
+    assert licence(edited) == ["other", "mine", "https://example.org/l"]
+    moved = render(cards.page(licence=dataclasses.replace(terms, link="https://example.org/2")))
+    assert licence(merge(moved, edited)) == ["other", "mine", "https://example.org/2"]
+    # without our name theirs would be incomplete
+    filled = merge(other, "---\nlicense: other\n---\n")
+    assert licence(merge(NEW, filled)) == ["other", "tiny", "https://example.org/l"]
+
+
+def test_a_card_that_does_not_say_what_was_ours_keeps_all() -> None:
+    values = front(merge(NEW, plain(OLD)))
+    assert values["license"] == "mit" and values["base_model"] == "org/old"
+    assert values["tags"] == ["quantkit", "gguf", "chat", "old", "new"] and values["language"] == ["en", "de"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["front=", "front=license", "front=license:xyz", "front=license:12345", "front=::,,:", "front", "x y=1"],
+)
+def test_a_mark_that_was_edited_by_hand_says_nothing(said: str) -> None:
+    written = re.sub(r"front=\S*", said, OLD)
+    made = merge(NEW, written)
+    assert front(made)["license"] == "mit" and front(made)["base_model"] == "org/old"
+    assert merge(NEW, made) == made and f" {said} " not in made
+    # what is left of it still holds
+    half = re.sub(r"front=\S*(license:\w{6})\S*", r"front=\1,tags:no", OLD)
+    assert front(merge(NEW, half))["license"] == "apache-2.0"
+    assert "old" in listed(front(merge(NEW, half))["tags"])
+
+
+def test_the_mark_is_a_line_of_moderate_length() -> None:
+    many = merge(pushed(language=[f"l{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(100)]), None)
+    assert len(block(OLD).split("\n")[0]) < 300 and len(block(many).split("\n")[0]) < 900
+    assert front(merge(NEW, many))["language"] == ["en"]
+
+
 PIECES = st.sampled_from(
     [
         *("---\n", "--- \n", "words\n", "words", "# title\n", "\n", "\r\n", "words\r\n", "```\n", "\tx\n"),
@@ -246,11 +355,14 @@ def test_merging_again_changes_nothing_and_loses_nothing(existing: str, with_fro
     except UsageError:
         return
     assert merge(BARE, made) == made
-    assert block(made).replace("\r\n", "\n") == block(BARE)
+    assert plain(block(made).replace("\r\n", "\n")) == plain(block(BARE))
     found = find(existing)
     text = existing.removeprefix("\ufeff") if found is None else found.rest
     # nothing but spaces is nothing
     text = text if text.strip() else ""
     assert text in made
     newer = merge(NEWER, made)
-    assert text in newer and block(newer).replace("\r\n", "\n") == block(NEWER)
+    assert text in newer and plain(block(newer).replace("\r\n", "\n")) == plain(block(NEWER))
+    # what is ours comes and goes, what is theirs was never ours
+    again = merge(BARE, newer)
+    assert (front(again), text in again) == (front(made), True)
