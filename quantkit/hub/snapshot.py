@@ -157,7 +157,8 @@ def fetch(repo: Repo, commit: str, files: Sequence[Listed], progress: Progress =
     if missing:
         _check_space(repo, missing)
         total = sum(file.size for file in missing)
-        progress.step("download", f"{at(repo, commit)}: {len(missing)} files, {format_size(total)}")
+        count = "1 file" if len(missing) == 1 else f"{len(missing):,} files"
+        progress.step("download", f"{at(repo, commit)}: {count}, {format_size(total)}")
         get_all = partial(
             repo.api.snapshot_download,
             repo.id,

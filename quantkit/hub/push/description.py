@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 
 from quantkit import __version__
@@ -14,7 +13,6 @@ from quantkit.hub.push.publication import Item, Publication, label
 from quantkit.hub.push.remote import RemoteState
 
 _MAX_TITLE = 120
-_OURS = re.compile(r"\(quantkit [^()\s]+\)$")
 
 
 def last(publication: Publication, remote: RemoteState, card: Mapping[str, bytes]) -> tuple[Item, ...]:
@@ -35,11 +33,6 @@ def last(publication: Publication, remote: RemoteState, card: Mapping[str, bytes
             )
     found |= added
     return tuple(Item(path, content) for path, content in sorted(found.items()))
-
-
-def is_ours(title: str) -> bool:
-    """Whether a commit or pull request has a title as quantkit writes them."""
-    return _OURS.search(title) is not None
 
 
 def weights_title(publication: Publication) -> str:

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from quantkit.hub.fetch import Source, resolve
 from tests.hubserver import Fault, HubServer
 
 ALICE, BOB = "hf_alicealicealice", "hf_bobbobbobbob"
+pytestmark = pytest.mark.usefixtures("sleeps")
 SHARD = "model-00001-of-00002.safetensors"
 INFO, TREE, HEAD = "GET /api/models/org/tiny", "GET .*/tree/", "HEAD .*/config.json"
 SMALL, BODY = "GET /org/tiny/resolve/.*/config.json", rf"GET /cdn/.*{SHARD}"
@@ -62,30 +62,6 @@ def hub(repo: Path) -> Iterator[HubServer]:
     with HubServer() as server:
         server.add("org/tiny", repo)
         yield server
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def sleeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
-    """Nobody is logged in, nobody waits; the waits that were asked for are recorded."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    recorded: list[float] = []
-    sleep = time.sleep
-
-    def recording_sleep(seconds: float) -> None:
-        if seconds >= 0.5:  # shorter ones poll a lock
-            recorded.append(seconds)
-        else:
-            sleep(seconds)
-
-    monkeypatch.setattr(time, "sleep", recording_sleep)
-    return recorded
 
 
 def fetched(source: str, hub: HubServer, cache: Path, **more: Any) -> Source:

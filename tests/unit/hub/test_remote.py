@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from quantkit.run import plan as plan_module
 from quantkit.run.plan import plan
 from tests.hubserver import Fault, HubServer
 
+pytestmark = pytest.mark.usefixtures("sleeps")
 ALICE = "hf_alicealicealice"
 SHARDS = tuple(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 HEADER = rf"GET /cdn/.*{SHARDS[0]}"
@@ -57,23 +57,6 @@ def hub(repo: Path) -> Iterator[HubServer]:
     with HubServer() as server:
         server.add("org/big", repo)
         yield server
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def sleeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
-    """Nobody is logged in, nobody waits."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    recorded: list[float] = []
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda s: recorded.append(s) if s >= 0.5 else sleep(s))
-    return recorded
 
 
 def look(hub: HubServer, cache: Path, source: str = "org/big", **more: Any) -> Source:
