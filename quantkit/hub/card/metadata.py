@@ -113,12 +113,18 @@ def _provenance(page: Page) -> dict[str, Any]:
     made = [v.manifest for v in page.listed]
     found: dict[str, list[Any]] = {
         "version": [m.quantkit for m in made],
-        "recipe_sha256": [hashlib.sha256(m.recipe.encode()).hexdigest() for m in made],
+        "recipe_sha256": [_sum(m.recipe) for m in made],
         "format": [m.format for m in made],
         "bpw": [round(m.bits_per_weight, 4) for m in made],
     }
-    out = {key: _one_or_each(values, page.labels()) for key, values in found.items()}
+    told = {key: values for key, values in found.items() if any(value is not None for value in values)}
+    out = {key: _one_or_each(values, page.labels()) for key, values in told.items()}
     return out if page.source.revision is None else {**out, "source_revision": page.source.revision}
+
+
+def _sum(recipe: str) -> str | None:
+    """None for a target whose codes another tool made: it has no recipe."""
+    return hashlib.sha256(recipe.encode()).hexdigest() if recipe else None
 
 
 def _one_or_each(values: Sequence[Any], labels: Sequence[str]) -> Any:

@@ -522,3 +522,9 @@ def test_what_export_made_says_so() -> None:
     text = render(cards.page(cards.variant(made)))
     assert "Moved: by `quantkit export` from `gptq-w4g32`" in text
     assert "Moved" not in render(cards.page())
+
+
+def test_what_has_no_recipe_has_no_sum_of_one() -> None:
+    ours = metadata.metadata(cards.page(cards.gguf("Q8_0", 8.5, 0.001)))["quantkit"]
+    strangers = metadata.metadata(cards.page(cards.variant(cards.manifest(recipe=""))))["quantkit"]
+    assert len(ours["recipe_sha256"]) == 64 and "recipe_sha256" not in strangers
