@@ -74,7 +74,7 @@ def target(
     (folder / MANIFEST).write_text(json.dumps(made.to_json(), indent=2) + "\n")
     (folder / "README.md").write_text("A card for this folder alone.\n")
     checks = (Check("llama.cpp", "1", "cpu", problem, tokens=8, kl_mean=0.0, top1_agreement=1.0),)
-    (folder / CHECKS).write_text(json.dumps(checks_json(made.key, checks)))
+    (folder / CHECKS).write_text(json.dumps(checks_json(made.files_key, checks)))
     return folder, made
 
 

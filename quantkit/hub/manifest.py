@@ -7,6 +7,7 @@ in `quantkit.json` depends on the clock or on paths of the machine: the same pla
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -128,6 +129,12 @@ class Manifest:
     files: Mapping[str, FileSum] = field(default_factory=dict)
     repacked: Mapping[str, Any] | None = None
 
+    @property
+    def files_key(self) -> str:
+        """Of the plan and of every byte that was written: what is known of other files does not hold."""
+        sums = {name: told.sha256 for name, told in sorted(self.files.items())}
+        return hashlib.sha256(json.dumps([self.key, sums]).encode()).hexdigest()[:32]
+
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
 
@@ -176,7 +183,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_checks(folder: Path, key: str) -> tuple[Check, ...] | None:
-    """What engines made of the target `key` in `folder`; None: nobody looked, or at other files."""
+    """What engines made of the target in `folder` whose `files_key` is `key`; None: nobody looked, or at other
+    files."""
     path = folder / CHECKS
     if not path.is_file():
         return None

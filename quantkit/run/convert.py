@@ -12,7 +12,7 @@ from quantkit import __version__
 from quantkit.checkpoint.atomic import write_text
 from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate.quality import Quality
-from quantkit.hub.manifest import Kept, Manifest
+from quantkit.hub.manifest import Kept, Manifest, read_manifest
 from quantkit.model.runtime import Runtime
 from quantkit.recipe.dump import dump
 from quantkit.recipe.plan import TargetPlan, key_of
@@ -124,7 +124,8 @@ class _Run:
         store.drop_streams()
         if self._recipe.engine_check:
             for i, report in enumerate(reports):
-                folder, key = folders[report.name], manifest_keys[report.name]
+                folder = folders[report.name]
+                key = read_manifest(folder).files_key
                 self._progress.step("verify", f"{report.name} in its engine")
                 checks = check_target(folder, key, device=self._device.type, progress=self._progress)
                 reports[i] = dataclasses.replace(report, checks=checks)

@@ -78,7 +78,7 @@ def publish(
             progress.warn(f"a gate of the recipe failed: {gate}")
         if pushing.engines:
             progress.step("verify", manifest.name)
-            checks = check_target(folder, manifest.key, progress=progress)
+            checks = check_target(folder, manifest.files_key, progress=progress)
             _require_sound(manifest.name, checks)
             if not checks:
                 progress.warn(f"{manifest.name}: no engine has loaded it, and the card will say so")

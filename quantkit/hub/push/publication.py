@@ -125,7 +125,7 @@ def publications(targets: Sequence[tuple[Path, Manifest]], how: Publish) -> tupl
 
     UsageError for names that are not possible or taken twice, and for files of one name.
     """
-    known = tuple(_Target(folder, m, read_checks(folder, m.key)) for folder, m in targets)
+    known = tuple(_Target(folder, m, read_checks(folder, m.files_key)) for folder, m in targets)
     if not known:
         raise UsageError("there is nothing to publish", remedy="give a folder that quantkit convert wrote")
     _distinct(((t.name, t.folder.name) for t in known), "the targets `{0}` and `{1}` are both named {2}")

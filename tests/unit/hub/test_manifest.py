@@ -13,6 +13,7 @@ from quantkit.errors import SourceError
 from quantkit.hub.manifest import (
     CHECKS,
     MANIFEST,
+    FileSum,
     Manifest,
     checks_json,
     find_manifest,
@@ -87,3 +88,11 @@ def test_checks_of_another_type(tmp_path: Path) -> None:
     (tmp_path / CHECKS).write_text(json.dumps(found))
     with pytest.raises(SourceError, match="kl_mean must be a number or null"):
         read_checks(tmp_path, "key")
+
+
+def test_what_engines_said_holds_for_the_same_bytes_alone() -> None:
+    one = manifest(files={"a": FileSum(1, "00"), "b": FileSum(2, "11")})
+    turned = manifest(files={"b": FileSum(2, "11"), "a": FileSum(1, "00")})
+    other = manifest(files={"a": FileSum(1, "00"), "b": FileSum(2, "12")})
+    assert one.files_key == turned.files_key != other.files_key
+    assert one.files_key != manifest(key="another", files=one.files).files_key
