@@ -183,8 +183,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_checks(folder: Path, key: str) -> tuple[Check, ...] | None:
-    """What engines made of the target in `folder` whose `files_key` is `key`; None: nobody looked, or at other
-    files."""
+    """What engines made of the files in `folder` with this `files_key`; None: nobody looked, or at others."""
     path = folder / CHECKS
     if not path.is_file():
         return None

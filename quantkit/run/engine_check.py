@@ -107,8 +107,7 @@ def _look(path: Path, checkpoint: Checkpoint, chosen: Chosen, ids: Tensor, progr
 def check_target(
     folder: Path, key: str, *, device: str = "cpu", progress: Progress = SILENT
 ) -> tuple[Check, ...]:
-    """The checks of the target in `folder`, of files with this `Manifest.files_key`: those in its `checks.json`, else
-    new ones, kept there.
+    """What `checks.json` in `folder` says of files with this `files_key`; else new checks, kept there.
 
     What is not looked at is told to `progress`, and looked for again the next time, as is what was not sound:
     the engine may be another by then. RunError when the disk refuses.
