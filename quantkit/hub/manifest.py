@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ CHECKS = "checks.json"
 SCHEMA = "quantkit/target/2"
 REPO_SCHEMA = "quantkit/repo/1"
 CHECKS_SCHEMA = "quantkit/checks/1"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 T = TypeVar("T")
 
@@ -65,6 +67,11 @@ class Kept:
     count: int
     parameters: int
     dtype: str
+
+
+def pattern_of(name: str) -> str:
+    """What stands for a tensor and its like in other blocks and experts: numbers in its name are a ``*``."""
+    return _NUMBER.sub("*", name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,12 @@ from pathlib import PurePosixPath
 
 from quantkit.checkpoint import folder
 from quantkit.errors import SourceError
+from quantkit.gguf.files import NO_MODEL, PASSED_OVER, SHARD
 from quantkit.hub.manifest import MANIFEST
 
 _CARD = "README.md"
 _GGUF = ".gguf"
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-# what llama.cpp never takes as the model, and what is none even when it is named
-_ASIDE = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-_NO_MODEL = _ASIDE[:2]
+_SHARD = re.compile(SHARD.pattern, re.IGNORECASE)
 _TAG = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d\w*|TQ\d_\d|MXFP4\w*|NVFP4|BF16|F16|F32))$", re.IGNORECASE
 )
@@ -83,7 +81,7 @@ def _only(repo: str, names: Collection[str], inside: str = "") -> Choice:
     here = plain.beside(names)
     if folder.CONFIG in here and any(name.endswith(".safetensors") for name in here):
         return plain
-    models = [choice for choice in _models(names) if not _has(choice.gguf[0], _ASIDE)]
+    models = [choice for choice in _models(names) if not _has(choice.gguf[0], PASSED_OVER)]
     if len(models) == 1:
         return models[0]
     if models:
@@ -98,7 +96,7 @@ def _only(repo: str, names: Collection[str], inside: str = "") -> Choice:
 
 def _remedy(repo: str, names: Collection[str]) -> str:
     """What could have been asked for."""
-    models = [choice for choice in _models(names) if not _has(choice.gguf[0], _ASIDE)]
+    models = [choice for choice in _models(names) if not _has(choice.gguf[0], PASSED_OVER)]
     offers = _folders(names) + (_names(models) if models else [])
     if not offers:
         return "name a repository with a model"
@@ -115,7 +113,7 @@ def _models(names: Collection[str]) -> list[Choice]:
     """The GGUF models, in the order of their names, of any name that may be one."""
     stems: dict[str, list[str]] = {}
     for name in sorted(names):
-        if name.lower().endswith(_GGUF) and not _has(name, _NO_MODEL):
+        if name.lower().endswith(_GGUF) and not _has(name, NO_MODEL):
             shard = _SHARD.fullmatch(name)
             stems.setdefault(f"{shard['stem']}-of-{shard['count']}" if shard else name, []).append(name)
     return [Choice(_folder(files[0]), tuple(files)) for files in stems.values()]
@@ -150,7 +148,7 @@ def _tag(name: str) -> str | None:
 
 def _is_tagged(choice: Choice, pattern: str) -> bool:
     name = PurePosixPath(choice.gguf[0]).name
-    return not _has(name, _ASIDE) and re.search(pattern, name, re.IGNORECASE) is not None
+    return not _has(name, PASSED_OVER) and re.search(pattern, name, re.IGNORECASE) is not None
 
 
 def _has(name: str, words: Collection[str]) -> bool:

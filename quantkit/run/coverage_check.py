@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.errors import SourceError
 from quantkit.gguf.container import Opened
-from quantkit.hub.manifest import Kept, Manifest, find_manifest
+from quantkit.hub.manifest import Kept, Manifest, find_manifest, pattern_of
 from quantkit.run.gguf_source.view import FLOATS
 from quantkit.run.verification import Verification
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _Floats = Iterable[tuple[str, tuple[int, ...]]]
 
 
@@ -47,7 +45,7 @@ def _compare(report: Verification, manifest: Manifest | None, floats: _Floats) -
         return
     found: dict[str, tuple[int, int, bool]] = {}
     for name, shape in floats:
-        pattern = _NUMBER.sub("*", name)
+        pattern = pattern_of(name)
         count, size, matrix = found.get(pattern, (0, 0, False))
         found[pattern] = count + 1, size + math.prod(shape), matrix or len(shape) > 1
     told = _together(manifest.kept)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-import re
 from collections.abc import Iterable, Mapping
 
 from quantkit.checkpoint import card
 from quantkit.checkpoint.header import NAMES
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.hub.fetch import Source
-from quantkit.hub.manifest import Kept, Origin
+from quantkit.hub.manifest import Kept, Origin, pattern_of
 from quantkit.model.graph import Block, ModelGraph
 from quantkit.recipe.anonymous import anonymous
 from quantkit.recipe.dump import dump
@@ -24,7 +23,6 @@ from quantkit.run.quantized import Dequantized
 
 _COMPUTING = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
 _FLOATS = ("f32", "f16", "bf16")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _CACHE_ITEM = 2  # bytes of a number of the key-value cache in 16 bits
 
 
@@ -83,7 +81,7 @@ def _together(floats: Iterable[tuple[str, str, int]]) -> tuple[Kept, ...]:
     """Of (name, dtype, elements): blocks and experts of one name together."""
     found: dict[tuple[str, str], list[int]] = {}
     for name, dtype, size in floats:
-        found.setdefault((_NUMBER.sub("*", name), dtype), []).append(size)
+        found.setdefault((pattern_of(name), dtype), []).append(size)
     return tuple(Kept(pattern, len(n), sum(n), dtype) for (pattern, dtype), n in found.items())
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from quantkit.gguf.container.writing import (
     SPLIT_TENSORS,
     shard_names,
 )
+from quantkit.gguf.files import SHARD
 from quantkit.gguf.types import OTHER_TYPES, TYPES
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
@@ -39,7 +39,6 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _LEAST_KEY, _LEAST_TENSOR = 13, 32
 _NAMES = MappingProxyType({number: (name, code) for name, (number, code) in WIDTHS.items()})
 _BY_ID = MappingProxyType({t.id: t for t in (*TYPES.values(), *OTHER_TYPES.values())})
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _AGAIN = "fetch the file again"
 
 Meta = Scalar | tuple[Scalar, ...]
@@ -88,7 +87,7 @@ def open_file(path: Path) -> Opened:
     count = first.metadata.get(SPLIT_COUNT, 1)
     if not isinstance(count, int) or count < 2:
         return _join([first])
-    found = _SHARD.fullmatch(path.name)
+    found = SHARD.fullmatch(path.name)
     if found is None or int(found["count"]) != count:
         raise SourceError(
             f"`{path}` is one of {count} shards and its name does not say which",

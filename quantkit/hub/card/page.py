@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from quantkit.errors import UsageError
+from quantkit.gguf.files import SHARD
 from quantkit.hub.manifest import Check, FileSum, Manifest, Origin
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ MAIN = "main"
 PUBLIC = "https://huggingface.co"
 # An importance matrix and the projector of an image model are GGUF files beside the weights.
 _WEIGHTS = re.compile(r"(^|/)(?!mmproj)(?![^/]*imatrix)[^/]*\.(gguf|safetensors)$", re.IGNORECASE)
-_PART_OF_MANY = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class Variant:
     @property
     def stem(self) -> str:
         """The file's name without its ending and without ``-00001-of-00003``."""
-        return _PART_OF_MANY.sub("", self.file_name.rpartition(".")[0])
+        shard = SHARD.fullmatch(self.file_name)
+        return self.file_name.rpartition(".")[0] if shard is None else shard["stem"]
 
     def sums(self) -> tuple[tuple[str, FileSum], ...]:
         """(path in the repository, sum) of the weights; the manifest knows them by name."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from quantkit.gguf.files import PASSED_OVER
 from quantkit.hub.push import published
 from quantkit.hub.push.difference import SENT, Row, counted
 from quantkit.hub.push.publication import Publication
@@ -14,8 +15,7 @@ from quantkit.recipe.sizes import format_size
 
 LARGE = 50 * 10**9
 _FREE_PRIVATE = 100 * 10**9
-# what llama.cpp takes for something beside a model (common/, resolving `-hf repo:TAG`)
-_PASSED_OVER = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+# what llama.cpp takes when no type is named
 _USUAL = re.compile(r"(Q4_K_M|Q8_0)[.-]", re.IGNORECASE)
 
 
@@ -112,7 +112,7 @@ def _of_gguf(rows: tuple[Row, ...]) -> Iterator[str]:
     """What llama.cpp would not find (it goes by names)."""
     names = [PurePosixPath(row.path).name for row in rows if row.path.endswith(".gguf")]
     for name in names:
-        if (odd := next((part for part in _PASSED_OVER if part in name.lower()), None)) is not None:
+        if (odd := next((part for part in PASSED_OVER if part in name.lower()), None)) is not None:
             yield f"'{name}' holds '{odd}': llama.cpp never takes it for a model, name it otherwise"
     if names and not any(_USUAL.search(name) for name in names):
         yield "without Q4_K_M or Q8_0, llama.cpp takes the first file when no type is named"

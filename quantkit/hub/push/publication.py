@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from quantkit.errors import UsageError
+from quantkit.gguf.files import SHARD
 from quantkit.hub.manifest import CHECKS, MANIFEST, Check, FileSum, Manifest, read_checks
 from quantkit.recipe.spec import Publish
 
@@ -25,7 +26,6 @@ MAIN = "main"
 Visibility = Literal["private", "public", "private-then-public"]
 _LAYOUTS = {"exl2": "branches", "exl3": "branches", "gguf": "files"}
 _NEVER = frozenset({README, MANIFEST, CHECKS, ".gitattributes"})
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _WEIGHTS = (".gguf", ".safetensors")
 # The Hub takes more, but slashes in names of branches are misread by many tools.
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -275,10 +275,10 @@ def _names(target: _Target) -> tuple[str, ...]:
 
 def _path(manifest: Manifest, name: str, several: bool) -> str:
     """Shards of a GGUF file lie in a folder of a repository that has several files."""
-    if not several or _SHARD.search(name) is None:
+    shard = SHARD.fullmatch(name)
+    if not several or shard is None:
         return name
-    stem = _SHARD.sub("", name)
-    kind = label(manifest)
+    stem, kind = shard["stem"], label(manifest)
     return f"{kind if stem.upper().endswith(kind) else stem}/{name}"
 
 

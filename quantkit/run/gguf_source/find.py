@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from quantkit.errors import SourceError
+from quantkit.gguf.files import NO_MODEL, SHARD
 
 SUFFIX = ".gguf"
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-# what lies beside models in folders of GGUF files
-_ASIDE = ("mmproj", "imatrix")
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -22,12 +19,12 @@ def find_gguf(path: Path) -> Path | None:
         return _in_folder(path)
     if path.suffix.lower() != SUFFIX or not path.is_file():
         return None
-    shard = _SHARD.fullmatch(path.name)
+    shard = SHARD.fullmatch(path.name)
     return path if shard is None else path.with_name(f"{shard['stem']}-00001-of-{shard['count']}{SUFFIX}")
 
 
 def _in_folder(path: Path) -> Path | None:
-    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if not file.name.lower().startswith(_ASIDE)]
+    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if not file.name.lower().startswith(NO_MODEL)]
     if not files or any(path.glob("*.safetensors")):
         return None
     firsts = list(dict.fromkeys(find_gguf(file) or file for file in files))
