@@ -45,9 +45,10 @@ def logits(request: Request) -> Any:
     elif asked == "exit":
         sys.exit(3)
     elif asked == "environment":
-        names = sorted(name for name in os.environ if "TOKEN" in name)
-        kept = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "MARK")}
-        raise VerifyError(json.dumps([names, kept, str(Path.cwd())]))
+        telling = sorted(name for name, value in os.environ.items() if "hf_secret" in value)
+        names = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "CUDA_VISIBLE_DEVICES", "MARK")
+        kept = {name: os.environ.get(name) for name in names}
+        raise VerifyError(json.dumps([telling, kept, str(Path.cwd())]))
     ballast = np.ones(8_000_000)
     return np.full((len(request.ids), 3), float(ballast[0]))
 
