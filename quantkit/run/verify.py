@@ -78,7 +78,7 @@ def verify_files(
     progress.step("verify", "sums of the files")
     check_sums(report, file)
     if file is not None:
-        check_gguf(report, file, source, progress)
+        check_gguf(report, file, source, tokens_of or source, progress)
     else:
         _check_folder(report, source, tokens_of or source, progress)
     return report

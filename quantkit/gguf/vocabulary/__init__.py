@@ -36,7 +36,8 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Value]:
         metadata = bytelevel.metadata(rules, rows, tokenizer)
     else:
         metadata = sentencepiece.metadata(rules, rows)
-    return {**metadata, **specials(load_tokenizer(folder), rows)}
+    used = {number for number in rules.numbers if number < rows}
+    return {**metadata, **specials(load_tokenizer(folder), used)}
 
 
 def count(folder: Path) -> int:

@@ -98,11 +98,16 @@ class Rules:
         return self.content.get("added_tokens") or ()
 
     @property
-    def count(self) -> int:
+    def numbers(self) -> frozenset[int]:
+        """Those that have a token."""
         vocabulary = self.model["vocab"]
         # a Unigram model lists its pieces, the others map texts to numbers
         known = vocabulary.values() if isinstance(vocabulary, Mapping) else range(len(vocabulary))
-        return 1 + max((*known, *(token["id"] for token in self.added)), default=-1)
+        return frozenset((*known, *(token["id"] for token in self.added)))
+
+    @property
+    def count(self) -> int:
+        return 1 + max(self.numbers, default=-1)
 
     @property
     def merges(self) -> list[tuple[str, str]]:

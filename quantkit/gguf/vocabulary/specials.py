@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from quantkit.calibrate.tokenizer import Specials, Tokenizer
@@ -35,10 +36,14 @@ _TURN = (
 _MESSAGE = ("<|eom_id|>",)
 
 
-def specials(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
-    """Metadata of special tokens below `rows`; UnsupportedError for what llama.cpp cannot add to a text."""
+def specials(tokenizer: Tokenizer, used: Collection[int]) -> dict[str, Value]:
+    """Metadata of the special tokens among those that are `used`, by number.
+
+    Classes of transformers name tokens that the model's own files do not have. UnsupportedError for what
+    llama.cpp cannot add to a text.
+    """
     around = Specials.of(tokenizer)
-    numbers = _numbers(tokenizer)
+    numbers = {name: number for name, number in _numbers(tokenizer).items() if number in used}
     _surround(numbers, "bos", around.prefix)
     _surround(numbers, "eos", around.suffix)
     if "bos" not in numbers and "eos" not in numbers:
@@ -48,9 +53,7 @@ def specials(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
         )
     numbers.setdefault("bos", numbers.get("eos", 0))
     numbers.setdefault("eos", numbers["bos"])
-    found: dict[str, Value] = {
-        f"tokenizer.ggml.{name}_token_id": number for name, number in numbers.items() if number < rows
-    }
+    found: dict[str, Value] = {f"tokenizer.ggml.{name}_token_id": n for name, n in numbers.items()}
     found["tokenizer.ggml.add_bos_token"] = bool(around.prefix)
     found["tokenizer.ggml.add_eos_token"] = bool(around.suffix)
     return {**found, **_templates(tokenizer)}

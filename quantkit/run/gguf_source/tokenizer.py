@@ -46,7 +46,8 @@ class Vocabulary:
     def files(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
         """(name, content) of the files: JSON objects and the chat template."""
         yield "tokenizer.json", self._backend()
-        special = {f"{name}_token": self._special(key) for name, key in _NAMED}
+        # a token that has a name is found in texts, which llama.cpp never does with one that is unused
+        special = {f"{name}_token": self._special(key) for name, key in _NAMED if not self._is_unused(key)}
         yield (
             "tokenizer_config.json",
             {
@@ -186,8 +187,16 @@ class Vocabulary:
         return bool(self.metadata.get(f"tokenizer.ggml.{name}", default))
 
     def _special(self, name: str) -> str | None:
+        number = self._number(name)
+        return None if number is None else self.tokens[number]
+
+    def _is_unused(self, name: str) -> bool:
+        number = self._number(name)
+        return number is not None and self.types[number] == _UNUSED
+
+    def _number(self, name: str) -> int | None:
         number = self.metadata.get(f"tokenizer.ggml.{name}_token_id", _USUAL[self.kind].get(name))
-        return self.tokens[number] if isinstance(number, int) and 0 <= number < len(self.tokens) else None
+        return number if isinstance(number, int) and 0 <= number < len(self.tokens) else None
 
 
 _NAMED = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))

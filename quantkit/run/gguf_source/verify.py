@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
+from quantkit.calibrate.tokenizer import Tokenizer
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.gguf.blocks import unpack
 from quantkit.gguf.container import Opened, open_file
 from quantkit.gguf.types import TYPES
+from quantkit.gguf.vocabulary import reference
 from quantkit.hub.manifest import MANIFEST
 from quantkit.run.coverage_check import check_gguf_coverage
 from quantkit.run.gguf_source.opening import open_gguf, tokenizer_folder
@@ -21,7 +22,13 @@ from quantkit.run.verification import Verification, compare, compare_rest, float
 from quantkit.tensors import QuantizedLinear
 
 
-def check_gguf(report: Verification, file: Path, source: Checkpoint | None, progress: Progress) -> None:
+def check_gguf(
+    report: Verification,
+    file: Path,
+    source: Checkpoint | None,
+    tokens_of: Checkpoint | None,
+    progress: Progress,
+) -> None:
     """A GGUF file: its header, names, values and tokens, and what the source has."""
     try:
         opened = open_file(file)
@@ -43,7 +50,7 @@ def check_gguf(report: Verification, file: Path, source: Checkpoint | None, prog
             for name in quantized:
                 report.problems += compare(report, name, view.read(name), source)
         compare_rest(report, view, source, quantized)
-    _check_tokens(report, view, source)
+    _check_tokens(report, view, tokens_of)
 
 
 def _opened(report: Verification, file: Path, source: Checkpoint | None) -> GgufCheckpoint | None:
@@ -78,7 +85,7 @@ def _check_stored(report: Verification, opened: Opened) -> bool:
 def _check_tokens(report: Verification, view: GgufCheckpoint, source: Checkpoint | None) -> None:
     """llama.cpp, where it is there, gives texts the tokens of the source, without one those that are read."""
     try:
-        tokenizer = load_tokenizer(tokenizer_folder(view if source is None else source))
+        tokenizer = reference(tokenizer_folder(view if source is None else source))
     except (SourceError, UnsupportedError) as error:
         report.notes.append(f"tokens were not compared: {error.message}")
         return

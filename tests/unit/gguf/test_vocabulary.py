@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.gguf.vocabulary import count, vocabulary
@@ -165,6 +165,19 @@ def test_specials_by_name_and_by_text_and_several_templates(tmp_path: Path) -> N
     assert numbers == {"padding": 0, "eot": 300, "eom": 301, "fim_pre": 302}
     assert found["tokenizer.chat_template"] == "A" and found["tokenizer.chat_template.tool_use"] == "B"
     assert found["tokenizer.chat_templates"] == ["tool_use"]
+
+
+def test_specials_that_only_a_class_adds_have_no_row(tmp_path: Path) -> None:
+    """Qwen2's class pads with `<|endoftext|>`, which it adds where a tokenizer.json has none."""
+    save(tmp_path, byte_level(GPT2))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "Qwen2Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == 300
+    found: dict[str, Any] = vocabulary(tmp_path, 304)
+    assert found["tokenizer.ggml.tokens"][300] == "[PAD300]"
+    assert "tokenizer.ggml.padding_token_id" not in found and "tokenizer.ggml.eos_token_id" in found
 
 
 def test_a_tokenizer_without_ends_is_refused(tmp_path: Path) -> None:

@@ -312,6 +312,20 @@ def test_tokenizers_that_cannot_be_read(
     assert view.extras() == []
 
 
+def test_an_unused_token_that_pads_is_not_found_in_texts(llama: Path, tmp_path: Path) -> None:
+    found = open_gguf(llama).opened.metadata
+    tokens = found["tokenizer.ggml.tokens"]
+    keys = {
+        "tokenizer.ggml.tokens": [*tokens[:-1], "[PAD]"],
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 1) + [5],
+        "tokenizer.ggml.merges": found["tokenizer.ggml.merges"][:1],
+        "tokenizer.ggml.padding_token_id": len(tokens) - 1,
+    }
+    view = open_gguf(rewrite(llama, tmp_path / "y.gguf", keys))
+    tokenizer = load_tokenizer(tokenizer_folder(view))
+    assert len(tokens) - 1 not in tokenizer("[PAD]", add_special_tokens=False)["input_ids"]
+
+
 def test_which_file_is_meant(llama: Path, tmp_path: Path) -> None:
     assert find_gguf(tmp_path) is None and find_gguf(tmp_path / "absent.gguf") is None
     shutil.copy(llama, tmp_path / "a.gguf")
