@@ -1,7 +1,7 @@
 """Headers without their weights: all that a plan needs to know of a file that was not downloaded.
 
-Where ``model.safetensors`` would lie is ``model.safetensors.header`` instead:
-    "quantkit header\\n"   u64 size of the whole file   u64 n   its first n bytes: length and JSON
+Where ``model.safetensors`` would lie is ``model.safetensors.header`` instead, and so for ``model.gguf``:
+    "quantkit header\\n"   u64 size of the whole file   u64 n   its first n bytes, which are its header
     then pieces of its data, each  u64 position  u64 length  bytes
 Name and first bytes keep every tool from taking it for weights. Everything is little endian.
 """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from quantkit.cli.output import Output, common_options
 from quantkit.recipe.sizes import format_size
 from quantkit.run.table import Table
 
+_UNFINISHED = ".incomplete"
+_OURS = ".quantkit.incomplete"  # `resume.PARTIAL`, which needs a client that can be imported
 _NEEDED = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PyYAML", "click", "rich")
 _OPTIONAL = (
     (
@@ -88,28 +92,43 @@ def _hub() -> dict[str, Any] | None:
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    left = [path.stat().st_size for path in cache.glob("models--*/blobs/*.incomplete")]
+    left = _unfinished(cache)
     return {
         "endpoint": constants.ENDPOINT,
         "offline": constants.is_offline_mode(),
         "token": get_token() is not None,
         "cache": str(cache),
         "unfinished_files": len(left),
-        "unfinished_bytes": sum(left),
+        "unfinished_bytes": sum(file["bytes"] for file in left),
+        "unfinished": left,
     }
+
+
+def _unfinished(cache: Path) -> list[dict[str, Any]]:
+    """What downloads that stopped left in the cache; only quantkit's own are ever gone on with."""
+    found = []
+    for path in sorted(cache.glob(f"models--*/blobs/*{_UNFINISHED}")):
+        with suppress(FileNotFoundError):  # a download that runs has just finished it
+            size = path.stat().st_size
+            repo = path.parts[-3].removeprefix("models--").replace("--", "/")
+            ours = path.name.endswith(_OURS)
+            found.append(
+                {"repo": repo, "path": str(path.relative_to(cache)), "bytes": size, "resumable": ours}
+            )
+    return found
 
 
 def _hub_rows(hub: dict[str, Any]) -> list[tuple[str, str]]:
     offline = ", switched off by HF_HUB_OFFLINE" if hub["offline"] else ""
     token = "there is one" if hub["token"] else "none: hf auth login, or set HF_TOKEN"
     rows = [("Hub", hub["endpoint"] + offline), ("Hub, token", token), ("Hub, cache", hub["cache"])]
-    if hub["unfinished_files"]:
+    if hub["unfinished"]:
         size = format_size(hub["unfinished_bytes"])
-        text = (
-            f"{hub['unfinished_files']:,} unfinished files of {size}, which no download goes on with; unless "
-            "one runs now: find CACHE -name '*.incomplete' -delete"
-        )
-        rows.append(("", text))
+        text = f"{hub['unfinished_files']:,} unfinished files of {size}; to remove them, unless a download "
+        rows.append(("", f"{text}runs now: find {shlex.quote(hub['cache'])} -name '*{_UNFINISHED}' -delete"))
+    for file in hub["unfinished"]:
+        use = "the next download goes on with" if file["resumable"] else "nothing goes on with"
+        rows.append(("", f"{file['repo']}: {format_size(file['bytes'])}, which {use}"))
     return rows
 
 

@@ -7,16 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import IO, Any, Self
 
 from quantkit.cli.output import Output
 from quantkit.cli.printable import printable
 from quantkit.recipe.sizes import format_size
-from quantkit.run.progress import BlockInfo, Eta, Silent
+from quantkit.run.progress import BlockInfo, Eta, Rate, Silent
 
 SILENCE = 30.0  # seconds after which a line says that work goes on
+EVERY = 5.0  # seconds between two lines about one transfer
+_REDRAWN = 0.2  # and between two changes of a bar
 
 
 def clock(seconds: float) -> str:
@@ -45,6 +47,49 @@ def block_text(index: int, blocks: int, info: BlockInfo) -> str:
     return "  ".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far a transfer is, in bytes; `per_second` None: not known yet, or it stands still."""
+
+    done: int
+    total: int
+    per_second: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time that the rest takes at this rate."""
+        return None if self.per_second is None else (self.total - self.done) / self.per_second
+
+    @property
+    def text(self) -> str:
+        """``1.20 GB of 4.10 GB  11.5 MB/s  eta 00:04:12``."""
+        text = f"{format_size(self.done)} of {format_size(self.total)}"
+        if self.per_second is None or self.seconds is None:
+            return text
+        return f"{text}  {format_size(int(self.per_second))}/s  eta {clock(self.seconds)}"
+
+
+class Flow:
+    """Bytes of one step after another; each is worth telling once in `every` seconds."""
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self.begin()
+
+    def begin(self) -> None:
+        """What comes is of another step."""
+        self._rate, self._due = Rate(), time.monotonic() + self._every
+
+    def moved(self, done: int, total: int) -> Moved | None:
+        """What to tell, None: nothing yet."""
+        now = time.monotonic()
+        self._rate.update(done, now)
+        if now < self._due:
+            return None
+        self._due = now + self._every
+        return Moved(done, total, self._rate.per_second)
+
+
 class Off(Silent):
     """Says nothing but warnings."""
 
@@ -67,6 +112,7 @@ class Lines(Off):
         self._now = "starting"
         self._eta: Eta | None = None
         self._blocks = 0
+        self._flow = Flow(EVERY)
         self._lock = threading.RLock()  # a signal handler may write while a line is being written
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._reassure, daemon=True)
@@ -77,6 +123,7 @@ class Lines(Off):
 
     def step(self, name: str, detail: str = "") -> None:
         self._now = name
+        self._flow.begin()
         self._line(f"{name}  {detail}".rstrip())
 
     def start(self, total_parameters: int, blocks: int) -> None:
@@ -90,6 +137,10 @@ class Lines(Off):
             f"block {index + 2}/{self._blocks}" if index + 1 < self._blocks else "after the last block"
         )
         self._line(f"{block_text(index, self._blocks, info)}  eta {eta_text(self._eta)}")
+
+    def amount(self, done: int, total: int) -> None:
+        if (moved := self._flow.moved(done, total)) is not None:
+            self._line(f"{self._now}  {moved.text}")
 
     def note(self, text: str) -> None:
         self._line(text)
@@ -125,9 +176,11 @@ class Events(Off):
         self._stream = sys.stderr if stream is None else stream
         self._begun = time.monotonic()
         self._eta: Eta | None = None
+        self._flow = Flow(EVERY)
         self._finished = False
 
     def step(self, name: str, detail: str = "") -> None:
+        self._flow.begin()
         self._event("step", name=name, detail=detail)
 
     def start(self, total_parameters: int, blocks: int) -> None:
@@ -143,6 +196,10 @@ class Events(Off):
 
     def tensor(self, target: str, name: str, error: float) -> None:
         self._event("tensor", target=target, name=name, error=error)
+
+    def amount(self, done: int, total: int) -> None:
+        if (moved := self._flow.moved(done, total)) is not None:
+            self._event("amount", **asdict(moved), eta_s=moved.seconds)
 
     def note(self, text: str) -> None:
         self._event("note", text=text)
@@ -184,12 +241,16 @@ class Bar(Off):
         self._task = self._bar.add_task("starting", total=None, count="", eta="")
         self._eta: Eta | None = None
         self._blocks = 0
+        self._flow = Flow(_REDRAWN)
+        self._detail = ""
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def step(self, name: str, detail: str = "") -> None:
+        self._flow.begin()
+        self._detail = f"{name}  {detail}"
         # A new task, because rich cannot take the total of a task away again.
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(name, total=None, count=detail, eta="")
@@ -207,6 +268,14 @@ class Bar(Off):
 
     def tensor(self, target: str, name: str, error: float) -> None:
         self._bar.update(self._task, description=f"{target}  {name}  error {error:.1e}")
+
+    def amount(self, done: int, total: int) -> None:
+        if (moved := self._flow.moved(done, total)) is None:
+            return
+        if self._detail:  # has no room beside the numbers in a narrow window
+            self.note(self._detail)
+            self._detail = ""
+        self._bar.update(self._task, total=total, completed=done, count="", eta=moved.text)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)

@@ -90,10 +90,10 @@ def headers(
     token: str | None = None,
     progress: Progress = SILENT,
 ) -> Source:
-    """Like `resolve`, without the weights: of those only headers are fetched, a few KB of each file.
+    """Like `resolve`, without the weights: of those only headers are fetched, see `checkpoint.header_file`.
 
-    `Checkpoint.open` opens the folder; reading a tensor raises `header_file.NotDownloaded`. What is
-    complete in the cache is taken from there, and a GGUF model is fetched whole.
+    What opens folders and GGUF files opens these; reading a tensor raises `header_file.NotDownloaded`. What
+    is complete in the cache is taken from there.
     """
     if (local := _local(source)) is not None:
         return local

@@ -53,7 +53,7 @@ CLIENT_ERRORS = (
 IN_ENVIRONMENT = " in HF_TOKEN"
 WAITS = (1.0, 2.0, 4.0)
 _MAX_WAIT = 300.0  # the Hub counts per window of 5 minutes
-_TOO_MANY = 429
+_TOO_LONG, _TOO_MANY = 408, 429
 _CUT_SHORT = "Consistency check failed"
 _STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -62,26 +62,33 @@ _WRAPPERS = (RevisionResolutionError, LocalEntryNotFoundError, QuantkitError)
 _log = logging.getLogger(__name__)
 
 
-def attempt(call: Callable[[], T], repo: Repo, *, waits: Sequence[float] = WAITS) -> T:
+def attempt(
+    call: Callable[[], T],
+    repo: Repo,
+    *,
+    waits: Sequence[float] = WAITS,
+    done: Callable[[], object] = lambda: None,
+) -> T:
     """The result of `call`, tried again after each of `waits` while the failure may pass.
 
     For the calls that the client itself does not retry. HubError, or another QuantkitError where it is
     not the Hub's fault, with the client's error as its cause.
+
+    done  what earlier attempts achieved: while it changes, the waits begin anew
     """
-    for seconds in waits:
+    before, left = done(), list(waits)
+    while True:
         try:
             return call()
         except CLIENT_ERRORS as error:
-            if not may_pass(error):
+            if (now := done()) != before:
+                before, left = now, list(waits)
+            if not left or not may_pass(error):
                 raise explain(error, repo) from error
-            wait = max(seconds, requested_wait(error))
+            wait = max(left.pop(0), requested_wait(error))
             what = "Rate limited" if status_of(error) == _TOO_MANY else f"{repo.id}: {_briefly(error)}"
             _log.warning("%s; waiting %.0f s.", what, wait)
             time.sleep(wait)
-    try:
-        return call()
-    except CLIENT_ERRORS as error:
-        raise explain(error, repo) from error
 
 
 def understood(call: Callable[[], T], repo: Repo) -> T:
@@ -96,12 +103,17 @@ def may_pass(error: BaseException) -> bool:
     """Whether trying again may help: 5xx, rate limits, lost connections, time-outs, cut bodies."""
     status = status_of(error)
     if status is not None:
-        return status == _TOO_MANY or status >= 500
+        return status in (_TOO_LONG, _TOO_MANY) or status >= 500
     cause = unwrap(error)
     if isinstance(cause, OfflineModeIsEnabled):
         return False
     lost = (httpx2.TransportError, ConnectionError, TimeoutError)
-    return isinstance(cause, lost) or _CUT_SHORT in str(cause)
+    return isinstance(cause, lost) or is_cut_short(cause)
+
+
+def is_cut_short(error: BaseException) -> bool:
+    """Whether fewer bytes came over plain HTTP than the file has."""
+    return _CUT_SHORT in str(error)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -272,7 +284,7 @@ def _unanswered(cause: BaseException, repo: Repo) -> QuantkitError:
         return HubError(
             f"Cannot reach {repo.api.endpoint}", remedy="check the network and the proxy, or use --offline"
         )
-    if _CUT_SHORT in str(cause):
+    if is_cut_short(cause):
         return HubError(f"Download of {repo.id} was cut short.", remedy="run the same command again")
     if (refused := _refused_by_disk(cause)) is not None:
         return _disk(refused, repo)

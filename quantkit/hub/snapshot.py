@@ -20,11 +20,11 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, RevisionResoluti
 
 from quantkit.checkpoint import folder
 from quantkit.errors import BudgetError, HubError
-from quantkit.hub import problems, selection, xet
+from quantkit.hub import problems, resume, selection, xet
 from quantkit.hub.client import Repo
 from quantkit.hub.listing import Listed, Verified, cache_folder, known_listing, listing
 from quantkit.hub.selection import Choice
-from quantkit.hub.transfer import bar_class
+from quantkit.hub.transfer import Meter, bar_class
 from quantkit.recipe.sizes import format_size
 from quantkit.run.progress import SILENT, Progress
 
@@ -151,46 +151,75 @@ def require(repo: Repo, commit: str, present: Collection[str], wanted: Collectio
 
 
 def fetch(repo: Repo, commit: str, files: Sequence[Listed], progress: Progress = SILENT) -> None:
-    """Download `files` of one commit into the cache and verify each; a damaged one is fetched once more."""
+    """Download `files` of one commit into the cache and verify each; a damaged one is fetched once more.
+
+    What an earlier call left of a large file is gone on with.
+    """
     path = place(repo, commit)
     missing = [file for file in files if not (path / file.path).exists()]
     if missing:
-        _check_space(repo, missing)
-        total = sum(file.size for file in missing)
+        total, here = sum(file.size for file in missing), sum(resume.held(repo, file) for file in missing)
+        _check_space(repo, total - here)
         count = "1 file" if len(missing) == 1 else f"{len(missing):,} files"
-        progress.step("download", f"{at(repo, commit)}: {count}, {format_size(total)}")
-        get_all = partial(
-            repo.api.snapshot_download,
-            repo.id,
-            revision=commit,
-            cache_dir=repo.cache,
-            allow_patterns=[glob.escape(file.path) for file in missing],
-            tqdm_class=bar_class(progress, total),
-        )
-        xet.attempt(get_all, repo)
+        known = f", {format_size(here)} of it here" if here else ""
+        progress.step("download", f"{at(repo, commit)}: {count}, {format_size(total)}{known}")
+        _get(repo, commit, missing, Meter(progress, total))
     verified = Verified(repo)
     for file in files:
         if verified.damage(path / file.path, file) is None:
             continue
-        get_again = partial(
-            repo.api.hf_hub_download,
-            repo.id,
-            file.path,
-            revision=commit,
-            cache_dir=repo.cache,
-            force_download=True,
-            tqdm_class=bar_class(progress, file.size),
-        )
-        xet.attempt(get_again, repo)
+        _get_again(repo, commit, file, Meter(progress, file.size))
         if (damage := verified.damage(path / file.path, file)) is not None:
             raise HubError(
                 f"'{file.path}' of {at(repo, commit)} arrived damaged twice: {damage}.",
                 remedy="try again later; if it happens again, check the proxy and the disk",
             )
+    if missing:
+        resume.tidy(repo, commit)
 
 
-def _check_space(repo: Repo, files: Sequence[Listed]) -> None:
-    needed = sum(file.size for file in files)
+def _get(repo: Repo, commit: str, files: Sequence[Listed], meter: Meter) -> None:
+    """Large files by parts that stay, whatever happens; the rest, and all links, by the client."""
+    path = place(repo, commit)
+
+    def in_place() -> set[Listed]:
+        return {file for file in files if (path / file.path).exists()}
+
+    def get_all() -> None:
+        there = in_place()
+        meter.restart(sum(file.size for file in there))
+        resume.bodies(repo, commit, [file for file in files if file not in there], meter)
+        repo.api.snapshot_download(
+            repo.id,
+            revision=commit,
+            cache_dir=repo.cache,
+            allow_patterns=[glob.escape(file.path) for file in files],
+            tqdm_class=bar_class(meter),
+        )
+
+    xet.attempt(get_all, repo, done=in_place)
+
+
+def _get_again(repo: Repo, commit: str, file: Listed, meter: Meter) -> None:
+    """A file whose bytes are wrong, from its beginning."""
+
+    def get() -> None:
+        ours = resume.bodies(repo, commit, [file], meter, anew=True)
+        if ours:
+            (place(repo, commit) / file.path).unlink(missing_ok=True)  # a copy, where there are no links
+        repo.api.hf_hub_download(
+            repo.id,
+            file.path,
+            revision=commit,
+            cache_dir=repo.cache,
+            force_download=not ours,
+            tqdm_class=bar_class(meter),
+        )
+
+    xet.attempt(get, repo)
+
+
+def _check_space(repo: Repo, needed: int) -> None:
     existing = next(p for p in (repo.cache, *repo.cache.parents) if p.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:

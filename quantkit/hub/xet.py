@@ -22,16 +22,16 @@ _TOKEN_ROUTES = ("/xet-read-token/", "/xet-write-token/")
 _log = logging.getLogger(__name__)
 
 
-def attempt(call: Callable[[], object], repo: Repo) -> None:
+def attempt(call: Callable[[], object], repo: Repo, *, done: Callable[[], object] = lambda: None) -> None:
     """`problems.attempt`, once more over plain HTTP when it was Xet that failed."""
     try:
-        problems.attempt(call, repo)
+        problems.attempt(call, repo, done=done)
     except HubError as error:
         if not is_to_blame(error.__cause__):
             raise
         _log.warning("%s: Xet storage cannot be used (%s); using plain HTTP", repo.id, error.message)
         with switched_off():
-            problems.attempt(call, repo)
+            problems.attempt(call, repo, done=done)
 
 
 def is_to_blame(error: BaseException | None) -> bool:
@@ -44,7 +44,7 @@ def is_to_blame(error: BaseException | None) -> bool:
     # `hf_xet` raises builtin errors of many kinds, with nothing but their text to tell them by.
     if isinstance(cause, ConnectionError):
         return str(cause).startswith("Network error")
-    if isinstance(cause, OSError) and cause.errno is not None:
+    if problems.is_cut_short(cause) or (isinstance(cause, OSError) and cause.errno is not None):
         return False
     return type(cause) in (RuntimeError, ValueError, OSError, TimeoutError) or _is_its_own(cause)
 

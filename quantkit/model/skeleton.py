@@ -25,6 +25,7 @@ from transformers import (
     initialization,
 )
 
+from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.model.blocks import Call, Stub, Trace, Visitor, find_blocks, trace
@@ -198,7 +199,8 @@ def _ties_embeddings(
 ) -> bool:
     """Whether head and embedding share storage: the files outrank what the config `said`.
 
-    One of the two absent: shared. Both there: shared when the config says so and the values agree.
+    One of the two absent: shared. Both there: shared when the config says so and the values agree; of headers
+    alone, when it says so.
     """
     embed, head = ends
     if embed is None or head is None:
@@ -210,7 +212,12 @@ def _ties_embeddings(
     first, second = match.filled[embed][0].source, match.filled[head][0].source
     rows = checkpoint.tensors[first].shape[0]
     parts = (slice(i, min(i + _COMPARED_ROWS, rows)) for i in range(0, rows, _COMPARED_ROWS))
-    return all(torch.equal(checkpoint.read(first, rows=p), checkpoint.read(second, rows=p)) for p in parts)
+    try:
+        return all(
+            torch.equal(checkpoint.read(first, rows=p), checkpoint.read(second, rows=p)) for p in parts
+        )
+    except NotDownloaded:
+        return said
 
 
 def _stand_in(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UnsupportedError
 from quantkit.gguf.container import Opened, open_file
@@ -21,7 +22,7 @@ from quantkit.run.gguf_source.facts import GgufFacts
 from quantkit.run.plan import architecture
 from quantkit.run.quantized import QuantizedCheckpoint, open_quantized
 from quantkit.run.table import Table
-from quantkit.tensors import Affine, values
+from quantkit.tensors import Affine, QuantizedTensor, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Inspection:
 
     manifest  what quantkit wrote beside it, when it did
     writer    the tool that quantized it and its version, where files say so
-    traits    what its quantized weights are like, seen on one of them
+    traits    what its quantized weights are like, seen on one of them; None: they were not downloaded
     unread    why its quantized weights cannot be read, None when they can
     gguf      what the file says of itself when it is one of llama.cpp's
     label     what to call it, None: by the name of its folder or file
@@ -53,7 +54,7 @@ class Inspection:
     manifest: Manifest | None
     tied: bool
     writer: str | None = None
-    traits: tuple[str, ...] = ()
+    traits: tuple[str, ...] | None = ()
     unread: str | None = None
     gguf: GgufFacts | None = None
     label: str | None = None
@@ -76,7 +77,7 @@ class Inspection:
             "size_bytes": self.size_bytes,
             "quantization": self.quantization,
             "writer": self.writer,
-            "traits": list(self.traits),
+            "traits": None if self.traits is None else list(self.traits),
             "kinds": [
                 {"kind": k.name, "tensors": k.tensors, "parameters": k.parameters, "size_bytes": k.size_bytes}
                 for k in self.kinds
@@ -131,7 +132,11 @@ class Inspection:
         notes = ["not made by quantkit: no quantkit.json"]
         if self.writer is not None:
             notes.append(f"written by {self.writer}")
-        if self.traits:
+        if self.traits is None:
+            notes.append(
+                "groups and zero points are not shown: they are seen on weights, and only headers are here"
+            )
+        elif self.traits:
             notes.append(f"its weights have {', '.join(self.traits)}")
         if self.unread is not None:
             notes.append(f"what is packed is shown as stored: {self.unread}")
@@ -151,7 +156,7 @@ def _means(manifest: Manifest) -> Iterator[str]:
 def inspect(path: Path) -> Inspection:
     """Look at a checkpoint folder or a GGUF file; SourceError when it is neither.
 
-    Reads headers and one quantized weight.
+    Reads headers and, where it is here, one quantized weight.
     """
     if (file := find_gguf(path)) is not None:
         return _inspect_gguf(path, open_file(file))
@@ -170,7 +175,7 @@ def inspect(path: Path) -> Inspection:
         manifest=find_manifest(path),
         tied=bool(checkpoint.config.get("tie_word_embeddings", False)),
         writer=None if stated is None else writer(stated, _metadata(checkpoint)),
-        traits=() if quantized is None else tuple(_traits(quantized)),
+        traits=() if quantized is None else _traits(quantized),
         unread=unread,
     )
 
@@ -200,12 +205,16 @@ def _metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {} if first is None else read_header(first.file).metadata
 
 
-def _traits(quantized: QuantizedCheckpoint) -> Iterator[str]:
-    """What one of the quantized weights shows."""
+def _traits(quantized: QuantizedCheckpoint) -> tuple[str, ...] | None:
+    """What one of the quantized weights shows; None where only headers are here."""
     name = next(iter(quantized.parts), None)
-    if name is None:
-        return
-    q = quantized.linear(name).weight
+    try:
+        return () if name is None else tuple(_shown(quantized.linear(name).weight))
+    except NotDownloaded:
+        return None
+
+
+def _shown(q: QuantizedTensor) -> Iterator[str]:
     rows, columns = q.group
     yield f"groups of {columns} inputs" if rows == 1 else f"groups of {rows} × {columns}"
     if isinstance(q, Affine) and q.zero_point is not None:

@@ -9,12 +9,10 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quantkit import resources
-from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardPlan, plan_shards
 from quantkit.errors import SourceError, UnsupportedError
@@ -163,19 +161,12 @@ def plan(
 ) -> Plan:
     """Resolve a recipe against its source; raises for a broken source, collects all else as blockers.
 
-    headers_only  of a model of the Hub, weights are not downloaded unless a value of theirs is needed: such
-                  a plan shows everything and cannot be carried out
+    headers_only  of a model of the Hub, weights are not downloaded: such a plan shows everything and cannot
+                  be carried out
     """
-    find = partial(locate, recipe.source, offline=offline, cache_dir=cache_dir, progress=progress)
-    if headers_only:
-        try:
-            return _planned(recipe, find(headers=True))
-        except NotDownloaded:  # some formats keep beside their codes what a plan has to know
-            pass
-    return _planned(recipe, find())
-
-
-def _planned(recipe: Recipe, source: Source) -> Plan:
+    source = locate(
+        recipe.source, offline=offline, cache_dir=cache_dir, headers=headers_only, progress=progress
+    )
     checkpoint = open_source(source.path)
     graph = build_graph(checkpoint)
     check_floats(source, checkpoint, graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -43,6 +44,12 @@ class Progress(Protocol):
     def tensor(self, target: str, name: str, error: float) -> None:
         """A weight is quantized; `error` is relative to its output."""
 
+    def amount(self, done: int, total: int) -> None:
+        """Bytes of what the current step is about, often; fewer than before where some go once more.
+
+        May come from another thread than the rest.
+        """
+
     def note(self, text: str) -> None:
         """Something worth a line."""
 
@@ -63,6 +70,8 @@ class Silent:
     def block(self, index: int, info: BlockInfo) -> None: ...
 
     def tensor(self, target: str, name: str, error: float) -> None: ...
+
+    def amount(self, done: int, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -97,3 +106,33 @@ class Eta:
     def seconds(self) -> float | None:
         """Seconds left; None before the first block."""
         return None if self._rate is None else self._rate * self._left
+
+
+class Rate:
+    """Bytes per second over the last `span` seconds.
+
+    Where fewer bytes are done than before, they go once more, and what was measured is forgotten.
+    """
+
+    def __init__(self, span: float = 30.0) -> None:
+        self._span = span
+        self._seen: deque[tuple[float, int]] = deque()
+        self._last = (0.0, 0)
+
+    def update(self, done: int, now: float) -> None:
+        """`done` bytes at `now`, in seconds of any clock that does not go back."""
+        if done < self._last[1]:
+            self._seen.clear()
+        if not self._seen or now - self._seen[-1][0] >= self._span / 100:
+            self._seen.append((now, done))
+        while len(self._seen) > 1 and now - self._seen[1][0] >= self._span:
+            self._seen.popleft()
+        self._last = (now, done)
+
+    @property
+    def per_second(self) -> float | None:
+        """None where nothing moved, or only one moment is known."""
+        if not self._seen:
+            return None
+        (begun, before), (now, done) = self._seen[0], self._last
+        return (done - before) / (now - begun) if now > begun and done > before else None

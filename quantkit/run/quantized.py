@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import registry
+from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint, TensorInfo, usual_dtype
 from quantkit.checkpoint.strict_json import parse_object
 from quantkit.errors import SourceError
@@ -31,6 +32,7 @@ from quantkit.run.gguf_source import find_gguf, open_gguf
 from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor, dequantize, shape
 
 _DAMAGED = "the file is damaged, or its quantization config belongs to another: download both again"
+_STATE = ".quant_state."
 _CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
 
 
@@ -83,17 +85,23 @@ class QuantizedCheckpoint:
 
     def _stated_shape(self, name: str) -> tuple[int, int] | None:
         """(out, in) where a small tensor of the weight holds it, as packing loses it."""
-        for part in self.parts[name]:
-            if ".quant_state." in part:
-                out, width = parse_object(bytes(self.checkpoint.read(part).tolist()))["shape"]
-                return int(out), int(width)
-            if part.endswith("shape"):
-                out, width = self.checkpoint.read(part).tolist()
-                return int(out), int(width)
-        return None
+        part = next((part for part in self.parts[name] if states_shape(part)), None)
+        return None if part is None else shape_in(part, self.checkpoint.read(part))
 
     def _place(self, name: str) -> str:
         return f"`{name}` in `{self.checkpoint.tensors[self.parts[name][0]].file}`"
+
+
+def states_shape(part: str) -> bool:
+    """Whether a tensor of this name holds the shape of a weight: what has to be read to plan."""
+    return _STATE in part or part.endswith("shape")
+
+
+def shape_in(part: str, stored: Tensor) -> tuple[int, int]:
+    """(out, in) that such a tensor holds; ValueError, KeyError or TypeError when it holds something else."""
+    content = stored.tolist()
+    out, width = parse_object(bytes(content))["shape"] if _STATE in part else content
+    return int(out), int(width)
 
 
 def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint | None:
@@ -227,11 +235,19 @@ def _idle(name: str, quantized: QuantizedCheckpoint) -> str | None:
     if _CACHE_SCALE.search(name) and quantized.format_name == "compressed_tensors":
         return "a scale of the key-value cache"
     if part == "bias" and f"{base}.weight" in quantized.parts:
-        zeros = not quantized.checkpoint.read(name).any()
-        return "a bias of zeros that the model does not have" if zeros else None
-    if part == "scales" and bool((quantized.checkpoint.read(name) == 1).all()):
-        return "divisors that are all 1"
+        return _idle_values(name, quantized, 0, "a bias of zeros that the model does not have")
+    if part == "scales":
+        return _idle_values(name, quantized, 1, "divisors that are all 1")
     return None
+
+
+def _idle_values(name: str, quantized: QuantizedCheckpoint, value: int, why: str) -> str | None:
+    """`why` when all of a tensor is `value`, which is believed of one that was not downloaded."""
+    try:
+        stored = quantized.checkpoint.read(name)
+    except NotDownloaded:
+        return f"{why}, as far as headers tell"
+    return why if bool((stored == value).all()) else None
 
 
 def _fault(q: QuantizedTensor) -> str | None:

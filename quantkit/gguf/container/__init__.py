@@ -10,7 +10,15 @@ little endian. A model may lie in several files, each a whole GGUF; only the fir
 """
 
 from quantkit.gguf.container.metadata import Typed, Value
-from quantkit.gguf.container.reading import Opened, open_file, read
+from quantkit.gguf.container.reading import (
+    EndsEarly,
+    FileHeader,
+    Opened,
+    check_filled,
+    open_file,
+    parse_header,
+    read,
+)
 from quantkit.gguf.container.stored import Stored, as_bytes
 from quantkit.gguf.container.writing import (
     file_bytes,
@@ -23,14 +31,18 @@ from quantkit.gguf.container.writing import (
 from quantkit.gguf.tables import library
 
 __all__ = [
+    "EndsEarly",
+    "FileHeader",
     "Opened",
     "Stored",
     "Typed",
     "Value",
     "as_bytes",
+    "check_filled",
     "file_bytes",
     "library",
     "open_file",
+    "parse_header",
     "plan_shards",
     "read",
     "shard_bytes",

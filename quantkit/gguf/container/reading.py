@@ -19,6 +19,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint import header_file
 from quantkit.errors import SourceError
 from quantkit.gguf.container.metadata import ARRAY, STRING, WIDTHS, Scalar
 from quantkit.gguf.container.stored import MAX_DIMENSIONS, Stored
@@ -44,6 +45,14 @@ _AGAIN = "fetch the file again"
 Meta = Scalar | tuple[Scalar, ...]
 
 
+class EndsEarly(SourceError):
+    """What is here of a file ends within its header; at least the first `needed` bytes are needed."""
+
+    def __init__(self, path: Path, needed: int) -> None:
+        super().__init__(f"`{path}` is here only in part, and its header does not end there", remedy=_AGAIN)
+        self.needed = needed
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A GGUF model, in one file or several.
@@ -66,9 +75,12 @@ class Opened:
     def read_bytes(self, name: str) -> Tensor:
         """(…, row bytes) uint8, mapped: the file is read where the tensor is. Changes stay private.
 
-        SourceError when the file has changed or cannot be read.
+        SourceError when the file has changed or cannot be read, NotDownloaded where there is only a header.
         """
         stored, (path, start) = self.tensors[name], self.places[name]
+        if header_file.stands_in(path):
+            kept = bytearray(header_file.data(path, name, start, start + stored.nbytes))
+            return torch.frombuffer(kept, dtype=torch.uint8).view(stored.byte_shape)
         page = start % mmap.ALLOCATIONGRANULARITY
         try:
             with path.open("rb") as file:
@@ -82,7 +94,10 @@ class Opened:
 
 
 def open_file(path: Path) -> Opened:
-    """The model that `path` belongs to, which may be any of its shards; SourceError when it is not sound."""
+    """The model that `path` belongs to, which may be any of its shards; SourceError when it is not sound.
+
+    Also of files that were not downloaded, where `header_file` keeps their headers.
+    """
     first = _parse(path)
     count = first.metadata.get(SPLIT_COUNT, 1)
     if not isinstance(count, int) or count < 2:
@@ -94,7 +109,7 @@ def open_file(path: Path) -> Opened:
             remedy=f"name the shards {shard_names('<name>', count)[0]} and so on",
         )
     paths = [path.with_name(name) for name in shard_names(found["stem"], count)]
-    if missing := [p.name for p in paths if not p.is_file()]:
+    if missing := [p.name for p in paths if not p.is_file() and not header_file.stands_in(p)]:
         listed = ", ".join(missing[:3])
         raise SourceError(
             f"{len(missing)} of {count} shards of `{path}` are missing: {listed}",
@@ -111,17 +126,47 @@ def read(path: Path) -> Iterator[tuple[Stored, Tensor]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """What one file says; `starts` are positions in the file."""
+class FileHeader:
+    """What one file says.
+
+    tensors  with the positions of their bytes in the file
+    end      bytes of the header, without the zeros that follow it
+    """
 
     path: Path
     metadata: dict[str, Meta]
     widths: dict[str, str]
-    tensors: list[Stored]
-    starts: list[int]
+    tensors: list[tuple[Stored, int]]
+    end: int
 
 
-def _join(files: list[_File]) -> Opened:
+def parse_header(path: Path, data: mmap.mmap | bytes, size: int) -> FileHeader:
+    """The header of the file `path` of `size` bytes, of which `data` are the first.
+
+    EndsEarly when the header is longer than `data`, SourceError when it is not sound.
+    """
+    if size < 24:
+        raise SourceError(f"`{path}` is no GGUF file: it has {size} bytes", remedy=_AGAIN)
+    return _Header(path, data, size).parse()
+
+
+def check_filled(header: FileHeader, size: int) -> None:
+    """SourceError unless the tensors, each padded to the alignment, fill a file of `size` bytes.
+
+    What llama.cpp asks of a file; a header without its file has nothing else to be held against. The last
+    tensor may go without its zeros.
+    """
+    alignment = _alignment(header.metadata)
+    end = header.end
+    for stored, start in sorted(header.tensors, key=lambda placed: placed[1]):
+        if start != _padded(end, alignment):
+            raise _unsound(header.path, f"`{stored.name:.80}` begins at byte {start:,}, not {end:,}")
+        end = start + stored.nbytes
+    if size not in (end, _padded(end, alignment)):
+        raise _unsound(header.path, f"its tensors end at byte {end:,} of {size:,}")
+
+
+def _join(files: list[FileHeader]) -> Opened:
     tensors: dict[str, Stored] = {}
     places: dict[str, tuple[Path, int]] = {}
     for number, file in enumerate(files):
@@ -131,7 +176,7 @@ def _join(files: list[_File]) -> Opened:
                 f"`{file.path}` says that it is shard {said[0]} (from 0) of {said[1]}, and its name {number} "
                 f"of {len(files)}"
             )
-        for stored, start in zip(file.tensors, file.starts, strict=True):
+        for stored, start in file.tensors:
             if stored.name in tensors:
                 raise SourceError(f"`{stored.name}` is twice in `{file.path}` or its other shards")
             tensors[stored.name] = stored
@@ -151,25 +196,44 @@ def _join(files: list[_File]) -> Opened:
     )
 
 
-def _parse(path: Path) -> _File:
+def _parse(path: Path) -> FileHeader:
+    if header_file.stands_in(path):
+        kept = header_file.read(path)
+        return parse_header(path, kept.first, kept.size)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            if size < 24:
-                raise SourceError(f"`{path}` is no GGUF file: it has {size} bytes", remedy=_AGAIN)
+            if not size:  # nothing can be mapped
+                return parse_header(path, b"", size)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Header(path, data).parse()
+                return parse_header(path, data, size)
     except OSError as error:
         raise SourceError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
+def _unsound(path: Path, why: str) -> SourceError:
+    return SourceError(f"`{path}` is no sound GGUF file: {why}", remedy=_AGAIN)
+
+
+def _alignment(metadata: Mapping[str, Meta]) -> int:
+    """ValueError unless it is a power of two."""
+    found = metadata.get(ALIGNMENT_KEY, ALIGNMENT)
+    if not isinstance(found, int) or found < 1 or found & (found - 1):
+        raise ValueError(f"an alignment of {found!r}")
+    return found
+
+
+def _padded(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
 class _Header:
-    """Walks through the part of a file before its data."""
+    """Walks through the part of a file before its data; of a file of `size` bytes, `data` are the first."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data, self._size, self._at = path, data, len(data), 0
+    def __init__(self, path: Path, data: mmap.mmap | bytes, size: int) -> None:
+        self._path, self._data, self._size, self._at = path, data, size, 0
 
-    def parse(self) -> _File:
+    def parse(self) -> FileHeader:
         tensor_count, key_count = self._counts()
         metadata: dict[str, Meta] = {}
         widths: dict[str, str] = {}
@@ -179,14 +243,15 @@ class _Header:
                 raise self._unsound(f"`{key}` is there twice")
             metadata[key], widths[key] = self._value(key)
         infos = [self._info() for _ in range(tensor_count)]
-        alignment = metadata.get(ALIGNMENT_KEY, ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._unsound(f"an alignment of {alignment!r}")
-        begin = -(-self._at // alignment) * alignment
+        try:
+            alignment = _alignment(metadata)
+        except ValueError as error:
+            raise self._unsound(str(error)) from error
+        begin = _padded(self._at, alignment)
         for stored, offset in infos:
             self._check_place(stored, begin, offset, alignment)
-        tensors = [stored for stored, _ in infos]
-        return _File(self._path, metadata, widths, tensors, [begin + offset for _, offset in infos])
+        tensors = [(stored, begin + offset) for stored, offset in infos]
+        return FileHeader(self._path, metadata, widths, tensors, self._at)
 
     def _counts(self) -> tuple[int, int]:
         magic, version = self._take(4, "its first bytes"), self._number("I", "the version")
@@ -196,8 +261,10 @@ class _Header:
             big = "; its bytes are in big-endian order" if version >> 16 and not version & 0xFFFF else ""
             raise self._unsound(f"version {version} where {' or '.join(map(str, _VERSIONS))} are known{big}")
         tensors, keys = self._number("Q", "the number of tensors"), self._number("Q", "the number of keys")
-        if tensors * _LEAST_TENSOR + keys * _LEAST_KEY > self._size - self._at:
+        least = tensors * _LEAST_TENSOR + keys * _LEAST_KEY
+        if least > self._size - self._at:
             raise self._unsound(f"{tensors:,} tensors and {keys:,} keys do not fit its {self._size:,} bytes")
+        self._need(least)
         return tensors, keys
 
     def _value(self, key: str) -> tuple[Meta, str]:
@@ -211,6 +278,7 @@ class _Header:
         least = 8 if kind == STRING else struct.calcsize(code)
         if count * least > self._size - self._at:
             raise self._unsound(f"`{key}` holds {count:,} values, more than the file")
+        self._need(count * least)
         if kind == STRING:
             values: tuple[Scalar, ...] = tuple(self._string(f"`{key}`") for _ in range(count))
         else:
@@ -249,8 +317,14 @@ class _Header:
     def _take(self, count: int, what: str) -> bytes:
         if count > self._size - self._at:
             raise self._unsound(f"{what:.80} goes beyond its end at byte {self._size:,}")
+        self._need(count)
         self._at += count
         return self._data[self._at - count : self._at]
 
+    def _need(self, count: int) -> None:
+        """EndsEarly unless the next `count` bytes, which the file has, are here."""
+        if self._at + count > len(self._data):
+            raise EndsEarly(self._path, self._at + count)
+
     def _unsound(self, why: str) -> SourceError:
-        return SourceError(f"`{self._path}` is no sound GGUF file: {why}", remedy=_AGAIN)
+        return _unsound(self._path, why)

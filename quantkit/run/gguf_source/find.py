@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantkit.checkpoint import header_file
 from quantkit.errors import SourceError
 from quantkit.gguf.files import NO_MODEL, SHARD
 
@@ -13,19 +14,21 @@ SUFFIX = ".gguf"
 def find_gguf(path: Path) -> Path | None:
     """The first file of the GGUF model at `path`, a file or a folder; None where there is no such model.
 
+    Of files that were not downloaded it suffices that `header_file` keeps their headers.
     SourceError for a folder of several models.
     """
     if path.is_dir():
         return _in_folder(path)
-    if path.suffix.lower() != SUFFIX or not path.is_file():
+    if path.suffix.lower() != SUFFIX or not (path.is_file() or header_file.stands_in(path)):
         return None
     shard = SHARD.fullmatch(path.name)
     return path if shard is None else path.with_name(f"{shard['stem']}-00001-of-{shard['count']}{SUFFIX}")
 
 
 def _in_folder(path: Path) -> Path | None:
-    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if not file.name.lower().startswith(NO_MODEL)]
-    if not files or any(path.glob("*.safetensors")):
+    names = sorted(header_file.names_in(path))
+    files = [path / n for n in names if n.endswith(SUFFIX) and not n.lower().startswith(NO_MODEL)]
+    if not files or any(name.endswith(".safetensors") for name in names):
         return None
     firsts = list(dict.fromkeys(find_gguf(file) or file for file in files))
     if len(firsts) > 1:

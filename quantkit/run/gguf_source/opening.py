@@ -20,10 +20,8 @@ from quantkit.model.skeleton import config_of, meta_model
 from quantkit.run.gguf_source.config import Described, config_from_metadata
 from quantkit.run.gguf_source.keys import Keys
 from quantkit.run.gguf_source.placed import disk_shapes, pieces
-from quantkit.run.gguf_source.rope import DIVISORS, LONG, SHORT
+from quantkit.run.gguf_source.rope import GENERATED
 from quantkit.run.gguf_source.view import GgufCheckpoint, TokenizerFolder, decode, infos
-
-_GENERATED = (DIVISORS, LONG, SHORT)
 
 
 def open_gguf(file: Path, *, like: Checkpoint | None = None) -> GgufCheckpoint:
@@ -71,7 +69,7 @@ def described(opened: Opened) -> Described:
         )
     generated = {
         name: decode(opened.read_bytes(name), opened.tensors[name].kind).flatten()
-        for name in _GENERATED
+        for name in GENERATED
         if name in opened.tensors
     }
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}

@@ -13,11 +13,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from quantkit.errors import SourceError
 from quantkit.gguf.architectures import Placed
 from quantkit.model.graph import ModelGraph
-from quantkit.run.gguf_source.rope import DIVISORS, LONG, SHORT
+from quantkit.run.gguf_source.rope import GENERATED
 
 _EXPERT = re.compile(r"(?P<name>.+)\[(?P<expert>\d+)\]")
 # divisors of rotary frequencies belong to the configuration; a head may be an embedding a second time
-_ASIDE = frozenset((DIVISORS, LONG, SHORT, "output.weight"))
+_ASIDE = frozenset((*GENERATED, "output.weight"))
 # these may be left out of a file, and are zero then
 _OPTIONAL = ".bias"
 

@@ -7,8 +7,20 @@ import time
 import pytest
 
 from quantkit.cli.output import Output
-from quantkit.cli.progress import Bar, Events, Lines, Off, OnlyWarnings, block_text, choose, clock, eta_text
-from quantkit.run.progress import SILENT, BlockError, BlockInfo, Eta, Progress
+from quantkit.cli.progress import (
+    Bar,
+    Events,
+    Flow,
+    Lines,
+    Moved,
+    Off,
+    OnlyWarnings,
+    block_text,
+    choose,
+    clock,
+    eta_text,
+)
+from quantkit.run.progress import SILENT, BlockError, BlockInfo, Eta, Progress, Rate
 
 INFO = BlockInfo(2.0, 100, {"a": BlockError(0.001, 0.01, "down_proj")}, 9_800_000_000, 1_000_000, 2)
 
@@ -19,6 +31,7 @@ def play(progress: Progress) -> None:
     progress.start(300, 2)
     progress.tensor("a", "x.weight", 0.001)
     progress.block(0, INFO)
+    progress.amount(5, 10)  # too early to be told
     progress.note("a [note]")
     progress.warn("a [warning]")
     progress.finish()
@@ -39,6 +52,114 @@ def test_eta_goes_by_parameters() -> None:
     assert eta.seconds == pytest.approx(100 * 0.2)
     eta.update(500, 1.0)
     assert eta.seconds == 0
+
+
+def test_rate_of_the_last_half_minute() -> None:
+    rate = Rate(span=30.0)
+    assert rate.per_second is None
+    for second in range(101):  # 10 bytes in each, then 20
+        rate.update(10 * second, float(second))
+    assert rate.per_second == pytest.approx(10)
+    for second in range(101, 116):
+        rate.update(1000 + 20 * (second - 100), float(second))
+    assert rate.per_second == pytest.approx(15)
+    for second in range(116, 200):
+        rate.update(1000 + 20 * (second - 100), float(second))
+    assert rate.per_second == pytest.approx(20)
+
+
+def test_rate_of_what_stands_still_or_begins_anew() -> None:
+    rate = Rate()
+    rate.update(500, 1.0)
+    assert rate.per_second is None
+    rate.update(700, 3.0)
+    assert rate.per_second == 100
+    rate.update(200, 4.0)  # sent once more, so that what was measured says nothing
+    assert rate.per_second is None
+    rate.update(260, 6.0)
+    assert rate.per_second == 30
+    for second in range(7, 60):
+        rate.update(260, float(second))
+    assert rate.per_second is None
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr("quantkit.cli.progress.time", found)
+    return found
+
+
+def test_moved() -> None:
+    assert Moved(1_200_000_000, 4_100_000_000, None).text == "1.20 GB of 4.10 GB"
+    moved = Moved(1_200_000_000, 4_100_000_000, 11_500_000.0)
+    assert moved.text == "1.20 GB of 4.10 GB  11.5 MB/s  eta 00:04:12"
+
+
+def test_a_flow_is_told_once_in_a_while(clocked: Clock) -> None:
+    flow = Flow(5.0)
+    told = []
+    for second in range(12):
+        clocked.now = 100.0 + second
+        told.append(flow.moved(second * 10, 1000))
+    assert [second for second, moved in enumerate(told) if moved] == [5, 10]
+    assert told[10] == Moved(100, 1000, 10.0)
+    flow.begin()  # what was there before is no speed of what begins now
+    clocked.now = 117.0
+    assert flow.moved(900, 1000) == Moved(900, 1000, None)
+
+
+def transfer(progress: Progress, clocked: Clock) -> None:
+    """Two files at 10 MB/s; of the second, half is sent once more."""
+    for n in (1, 2):
+        progress.step("upload", f"model-{n}.gguf (100 MB, {n} of 2)")
+        for second in range(11):
+            progress.amount((n - 1) * 100_000_000 + second * 10_000_000, 200_000_000)
+            clocked.now += 1
+    progress.amount(150_000_000, 200_000_000)
+
+
+def test_lines_of_a_transfer(clocked: Clock) -> None:
+    stream = io.StringIO()
+    transfer(Lines(stream), clocked)
+    assert [line[11:] for line in stream.getvalue().splitlines()] == [
+        "upload  model-1.gguf (100 MB, 1 of 2)",
+        "upload  50.0 MB of 200 MB  10.0 MB/s  eta 00:00:15",
+        "upload  100 MB of 200 MB  10.0 MB/s  eta 00:00:10",
+        "upload  model-2.gguf (100 MB, 2 of 2)",
+        "upload  150 MB of 200 MB  10.0 MB/s  eta 00:00:05",
+        "upload  200 MB of 200 MB  10.0 MB/s  eta 00:00:00",
+    ]
+
+
+def test_events_of_a_transfer(clocked: Clock) -> None:
+    stream = io.StringIO()
+    transfer(Events(stream), clocked)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [e["event"] for e in events] == ["step", "amount", "amount"] * 2
+    told = {"event": "amount", "elapsed_s": 5.0, "done": 50_000_000, "total": 200_000_000}
+    assert events[1] == told | {"per_second": 10_000_000.0, "eta_s": 15.0}
+
+
+def test_bar_of_a_transfer(clocked: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(color=False) as progress:
+        transfer(progress, clocked)
+        (task,) = progress._bar.tasks
+        assert (task.completed, task.total) == (150_000_000, 200_000_000)
+        assert task.fields["eta"] == "150 MB of 200 MB"
+    shown = capsys.readouterr().err
+    for n in (1, 2):  # stays above the bar, once
+        assert shown.count(f"upload  model-{n}.gguf (100 MB, {n} of 2)") == 1
 
 
 def test_clock() -> None:

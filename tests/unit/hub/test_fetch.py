@@ -135,9 +135,11 @@ def test_all_shards_of_a_gguf_model(hub: HubServer, cache: Path) -> None:
 def test_sub_folder(hub: HubServer, cache: Path, repo: Path) -> None:
     inside = {f"fp16/{name}": (repo / name).read_bytes() for name in ("config.json", SHARD)}
     second = "model-00002-of-00002.safetensors"
-    hub.add("org/nested", {**inside, f"fp16/{second}": (repo / second).read_bytes(), "README.md": b"top"})
+    above = {"README.md": b"top", "LICENSE": b"terms", "tokenizer.json": b"{}"}
+    hub.add("org/nested", {**inside, f"fp16/{second}": (repo / second).read_bytes(), **above})
     source = fetched("org/nested:fp16", hub, cache)
     assert source.path.name == "fp16"
+    assert {path.name for path in source.path.parent.iterdir()} == {"fp16", "README.md", "LICENSE"}
     assert list(Checkpoint.open(source.path).tensors) == ["a", "b"]
     assert fetched("org/nested:fp16", hub, cache, offline=True) == source
     assert "it has fp16; give one, as org/nested:fp16" in str(refused("org/nested", hub, cache).remedy)

@@ -245,6 +245,7 @@ def test_a_byte_flipped_in_xet_storage_is_noticed(xet_hub: HubServer, cache: Pat
         (RuntimeError("Data processing error: CAS service error"), True),
         (ValueError("Xet headers have not been correctly set by the server."), True),
         (OSError(errno.ENOSPC, "full"), False),
+        (OSError("Consistency check failed: 7"), False),
         (httpx2.ReadTimeout("slow"), False),
         (None, False),
     ],
