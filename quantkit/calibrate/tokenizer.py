@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.calibrate.documents import Messages
 from quantkit.errors import SourceError
 
 Ids = npt.NDArray[np.int32]
@@ -18,10 +17,6 @@ Ids = npt.NDArray[np.int32]
 # characters, with so many more on either side that do not count.
 PIECE = 250_000
 OVERLAP = 4_000
-# The day that every template is told: what those of Llama 3 say where they cannot ask. The empty value keeps
-# a line end behind it, which Jinja takes away behind a macro.
-_CLOCK = "strftime_now"
-_DAY = f'{{% macro {_CLOCK}(format) %}}26 Jul 2024{{% endmacro %}}{{{{ "" }}}}'
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 
 
@@ -34,8 +29,12 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int | None: ...
     @property
     def chat_template(self) -> Any: ...
+    @property
+    def name_or_path(self) -> str: ...
+    @property
+    def special_tokens_map(self) -> dict[str, str]: ...
+    def get_chat_template(self) -> str: ...
     def __call__(self, text: str, **options: Any) -> Any: ...
-    def apply_chat_template(self, conversation: Messages, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +70,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
         raise SourceError(f"cannot load the tokenizer in `{path}`: {error}") from error
     return tokenizer
-
-
-def render(conversation: Messages, tokenizer: Tokenizer, *, answer: bool = False) -> str:
-    """The text that the chat template makes of `conversation`; SourceError where it makes none.
-
-    A template is a program of strangers. It runs in a sandbox, and may fail in any way that programs do. One
-    that asks for the day gets always the same, so that a run that goes on tomorrow has the same tokens.
-
-    answer  with what begins the model's own turn
-    """
-    from jinja2 import TemplateError
-
-    template = tokenizer.chat_template
-    dated = {"chat_template": _DAY + template} if isinstance(template, str) and _CLOCK in template else {}
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=answer, **dated
-        )
-    except (
-        TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
-    ) as error:  # fmt: skip
-        raise SourceError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(text, str):
-        raise SourceError(f"it makes no text, but a {type(text).__name__}")
-    return text
 
 
 def encode(text: str, tokenizer: Tokenizer, *, piece: int = PIECE) -> Ids:

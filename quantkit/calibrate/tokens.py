@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.chat import Chat
 from quantkit.calibrate.documents import Document, Messages, documents, evaluation_text, pinned
 from quantkit.calibrate.text import EvalSpec, Part, SetSpec, Style, Template, as_set
-from quantkit.calibrate.tokenizer import Ids, Specials, Tokenizer, encode, render
+from quantkit.calibrate.tokenizer import Ids, Specials, Tokenizer, encode
 from quantkit.errors import CalibrationError, SourceError
 
 # A plain text that goes through a chat template is cut into messages of about so many characters.
 PASSAGE = 2_000
+_RAW = "set `template: raw`, or use another calibration set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +122,14 @@ def build(
     counts = _apportion(rows, [part.share for part in mixture.parts])
     special = Specials.of(tokenizer)
     tables, shares = [], []
-    for index, (asked, count) in enumerate(zip(mixture.parts, counts, strict=True)):
-        if count:
-            part = pinned(asked if template is None else replace(asked, template=template))
-            order = f"{seed}:{index}" if seed else None
-            tables.append(_rows(part, tokenizer, special, (count, length), order))
-            shares.append(Share(part.source.label, count, part.licence))
+    with Chat(tokenizer) as chat:
+        for index, (asked, count) in enumerate(zip(mixture.parts, counts, strict=True)):
+            if count:
+                part = pinned(asked if template is None else replace(asked, template=template))
+                order = f"{seed}:{index}" if seed else None
+                stream = _stream(part, tokenizer, special, chat)
+                tables.append(_rows(part, stream, special, (count, length), order))
+                shares.append(Share(part.source.label, count, part.licence))
     return CalibrationSet.of(torch.from_numpy(np.concatenate(tables)), shares)
 
 
@@ -168,14 +172,17 @@ def build_eval(spec: EvalSpec, tokenizer: Tokenizer) -> EvalSet:
 
 
 def _rows(
-    part: Part, tokenizer: Tokenizer, special: Specials, shape: tuple[int, int], order: str | None
+    part: Part, stream: Iterator[Ids], special: Specials, shape: tuple[int, int], order: str | None
 ) -> Ids:
-    """(count, length) rows of a part: the first ones, or the first in the order that `order` names."""
+    """(count, length) rows of a part: the first ones, or the first in the order that `order` names.
+
+    stream  its tokens, of which no more are made than are needed
+    """
     count, length = shape
     needed = count * length
     pieces: list[Ids] = []
     found = 0
-    for ids in _stream(part, tokenizer, special):
+    for ids in stream:
         pieces.append(ids)
         found += len(ids)
         if order is None and found >= needed:
@@ -195,12 +202,12 @@ def _rows(
     return chosen
 
 
-def _stream(part: Part, tokenizer: Tokenizer, special: Specials) -> Iterator[Ids]:
+def _stream(part: Part, tokenizer: Tokenizer, special: Specials, chat: Chat) -> Iterator[Ids]:
     """Tokens of one document after another, with what belongs before, after and between them."""
     dressed = bool(special.prefix or special.suffix)
     eos = tokenizer.eos_token_id
     between = () if dressed or eos is None or part.template == "chat" else (eos,)
-    for number, text in enumerate(_texts(part, tokenizer)):
+    for number, text in enumerate(_texts(part, tokenizer, chat)):
         ids = encode(text, tokenizer)
         # A chat template usually writes the special tokens itself.
         templated = part.template == "chat"
@@ -209,11 +216,16 @@ def _stream(part: Part, tokenizer: Tokenizer, special: Specials) -> Iterator[Ids
         yield np.array([*(between if number else ()), *prefix, *ids, *suffix], dtype=np.int32)
 
 
-def _texts(part: Part, tokenizer: Tokenizer) -> Iterator[str]:
+def _texts(part: Part, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:
+    if part.template == "chat" and tokenizer.chat_template is None:
+        raise CalibrationError(
+            f"`{part.source.label}` is to go through the chat template, but this tokenizer has none",
+            remedy=_RAW,
+        )
     for document in documents(part):
         if part.template == "chat":
             for conversation in _conversations(document):
-                yield _render(conversation, tokenizer, part.source.label)
+                yield _filled_in(conversation, chat, part.source.label)
         elif isinstance(document, str):
             yield document
         else:
@@ -235,17 +247,14 @@ def _conversations(document: Document) -> Iterator[Messages]:
         yield [{"role": "user", "content": passage}]
 
 
-def _render(conversation: Messages, tokenizer: Tokenizer, label: str) -> str:
-    remedy = "set `template: raw`, or use another calibration set"
-    if tokenizer.chat_template is None:
-        raise CalibrationError(
-            f"`{label}` is to go through the chat template, but this tokenizer has none", remedy=remedy
-        )
+def _filled_in(conversation: Messages, chat: Chat, label: str) -> str:
     try:
-        return render(conversation, tokenizer)
+        return chat.text(conversation)
     except SourceError as error:
+        where = "" if chat.file is None else f" (`{chat.file}`)"
         raise CalibrationError(
-            f"the chat template refuses a conversation of `{label}`: {error.message}", remedy=remedy
+            f"the chat template{where} makes no text of a conversation of `{label}`: {error.message}",
+            remedy=_RAW,
         ) from error
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from quantkit.errors import UsageError
+from quantkit.errors import RunError, SourceError, UsageError
 from quantkit.hub.card import Page, Variant, render
-from quantkit.hub.card.own_text import MARK, merge
+from quantkit.hub.card.own_text import MARK, Notes, merge, notes
 from quantkit.hub.card.plot import draw, problem
 from quantkit.hub.licences import Licence
 from quantkit.hub.push.publication import README, Placed, Publication
@@ -42,23 +43,24 @@ class Cards:
 
         UsageError where a person changed our part of the card that is there.
         """
-        page = self._page(publication, remote)
+        existing = remote.readme if remote.readme is not None else _own_card(publication)
+        given = self._notes
+        with _in_the_card_of(publication):
+            own = notes(given, existing, replace=self.replace)
+        page = self._page(publication, remote, own)
         picture = draw(page) if self.how.card.plot else None
         if self.how.card.plot and picture is None and len(page.listed) > 1:
             self.progress.note(f"{publication.name}: {problem(page)}")
         text = render(page, None if picture is None else PICTURE)
-        existing = remote.readme if remote.readme is not None else _own_card(publication)
-        try:
-            merged = merge(text, existing, replace=self.replace)
-        except UsageError as error:
-            raise UsageError(f"{publication.name}: {error.message}", remedy=error.remedy) from error
-        files = {README: merged.encode()}
+        with _in_the_card_of(publication):
+            files = {README: merge(text, existing, replace=self.replace).encode()}
         return files if picture is None else {**files, PICTURE: picture}
 
     @cached_property
     def _notes(self) -> str | None:
-        if self.how.card.notes is None:
-            return None
+        """What was given; empty where what is there is to go, None where nobody says."""
+        if not self.how.card.notes:
+            return self.how.card.notes
         path = Path(self.how.card.notes).expanduser()
         try:
             return path.read_text("utf-8")
@@ -68,7 +70,7 @@ class Cards:
                 remedy="give a file in UTF-8",
             ) from error
 
-    def _page(self, publication: Publication, remote: RemoteState) -> Page:
+    def _page(self, publication: Publication, remote: RemoteState, own: Notes | None) -> Page:
         placed = (*publication.placed, *remote.earlier)
         here = tuple(_variant(p) for p in placed if p.branch is None)
         elsewhere = tuple(_variant(p) for p in placed if p.branch is not None)
@@ -86,12 +88,21 @@ class Cards:
             variants=here,
             publisher=publication.repo.partition("/")[0],
             licence=self.licences[publication.targets[0].source.fingerprint],
-            notes=self._notes,
+            notes=own,
             changes=remote.changes,
             branch=publication.branch,
             siblings=elsewhere,
-            template=_template(publication),
+            template=_template(publication, self.progress),
         )
+
+
+@contextmanager
+def _in_the_card_of(publication: Publication) -> Iterator[None]:
+    """What is wrong with a card is said of where it lies."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{publication.name}: {error.message}", remedy=error.remedy) from error
 
 
 def _variant(placed: Placed) -> Variant:
@@ -113,11 +124,16 @@ def _own_card(publication: Publication) -> str | None:
         ) from error
 
 
-def _template(publication: Publication) -> str | None:
+def _template(publication: Publication, progress: Progress) -> str | None:
     """All targets have the tokenizer of one source, so the first that has it tells."""
     for folder in publication.folders:
         file = find_gguf(folder)
-        found = prompt_example(folder if file is None else file)
+        try:
+            found = prompt_example(folder if file is None else file)
+        except (SourceError, RunError) as error:
+            why = f"its chat template does not render: {error.message}"
+            progress.note(f"{publication.name}: the card shows no prompt, for {why}")
+            return None
         # with a mark of ours in it a card could not be told from what a person adds
         if found is not None and MARK not in found:
             return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer, render
+from quantkit.calibrate.chat import render
+from quantkit.calibrate.tokenizer import Tokenizer, load_tokenizer
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import SourceError, UnsupportedError
+from quantkit.errors import RunError, SourceError, UnsupportedError
 from quantkit.gguf.vocabulary.identity import same_ids
 from quantkit.run.gguf_source import tokenizer_folder
 from quantkit.run.verification import Verification
@@ -72,6 +73,8 @@ def check_template(report: Verification, tokenizer: Tokenizer, *, ours: bool) ->
     except SourceError as error:
         said = report.problems if ours else report.notes
         said.append(f"its chat template does not render: {error.message}")
+    except RunError as error:
+        report.notes.append(f"its chat template was not looked at: {error.message}")
     else:
         report.checks["chat template"] = "renders"
 

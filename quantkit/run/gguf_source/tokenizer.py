@@ -47,6 +47,7 @@ class Vocabulary:
         """(name, content) of the files: JSON objects and the chat template."""
         yield "tokenizer.json", self._backend()
         # a token that has a name is found in texts, which llama.cpp never does with one that is unused
+        template = self.metadata.get("tokenizer.chat_template")
         special = {f"{name}_token": self._special(key) for name, key in _NAMED if not self._is_unused(key)}
         yield (
             "tokenizer_config.json",
@@ -56,11 +57,10 @@ class Vocabulary:
                 "add_bos_token": self._begins(),
                 "add_eos_token": self._flag("add_eos_token", default=False),
                 **{name: text for name, text in special.items() if text is not None},
+                # not as a file of its own: reading one changes ends of lines
+                **({"chat_template": template} if isinstance(template, str) else {}),
             },
         )
-        template = self.metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            yield "chat_template.jinja", template
 
     def _backend(self) -> dict[str, Any]:
         parts = self._byte_level() if self.kind == "gpt2" else self._sentencepiece()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.calibrate import chat
 from quantkit.calibrate.text import EvalSpec, FileSource, HubSource, Part, SetSpec, Template
 from quantkit.calibrate.tokenizer import load_tokenizer
 from quantkit.calibrate.tokens import CalibrationSet, Share, build, build_eval
@@ -193,8 +194,28 @@ def test_a_template_that_refuses_is_named(tmp_path: Path, words: Words) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"messages": TALK}])
     tokenizer = words(chat=True)
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(CalibrationError, match="no system role"):
+    with pytest.raises(
+        CalibrationError, match=r"makes no text of a .* `a\.jsonl`: TemplateError: no system role"
+    ):
         chat_rows(path, tokenizer, 6)
+
+
+def test_a_template_without_an_end_is_named(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    words(chat=True).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": TALK}])
+    with pytest.raises(CalibrationError) as caught:
+        chat_rows(path, load_tokenizer(tmp_path), 6)
+    assert caught.value.message == (
+        "the chat template (`chat_template.jinja`) makes no text of a conversation of `a.jsonl`: "
+        "it takes more than 0.2 s"
+    )
+    assert caught.value.remedy == "set `template: raw`, or use another calibration set"
 
 
 # Evaluation

@@ -272,7 +272,13 @@ def _compare_tokens(source: Path, tmp_path: Path) -> None:
         *theirs("a", add_special_tokens=False)["input_ids"],
     ]
     assert ours.chat_template == theirs.chat_template and ours.eos_token_id == theirs.eos_token_id
-    assert {"tokenizer.json", "chat_template.jinja"} <= {file.name for file in view.extras()}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in view.extras()}
+
+
+def test_a_chat_template_keeps_its_ends_of_lines(llama: Path, tmp_path: Path) -> None:
+    template = "a\r\r\nb\rc\r\n{{ messages[0].content }}\n"
+    view = open_gguf(rewrite(llama, tmp_path / "y.gguf", {"tokenizer.chat_template": template}))
+    assert load_tokenizer(tokenizer_folder(view)).chat_template == template
 
 
 def test_the_folder_of_a_tokenizer_goes_with_the_view(llama: Path) -> None:
