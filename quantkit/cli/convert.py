@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -15,11 +15,11 @@ from quantkit.cli.help import Command
 from quantkit.cli.options import build_recipe, option, recipe_options
 from quantkit.cli.output import Output, common_options
 from quantkit.cli.plan import print_recipe, show_plan
-from quantkit.cli.push import TOKEN_FILE, find_token
+from quantkit.cli.push import TOKEN_FILE, find_token, permissions, permitted, pushing
 from quantkit.errors import GateError, UsageError, VerifyError
 
 if TYPE_CHECKING:
-    from quantkit.recipe.spec import Publish
+    from quantkit.recipe.spec import Publish, Recipe
     from quantkit.run.report import Report
 
 _EXAMPLES = (
@@ -38,6 +38,7 @@ _EXAMPLES = (
 @option("Common", "--skip", multiple=True, metavar="NAME", help="all but this target; repeatable")
 @option("Common", "--restart", is_flag=True, help="forget an earlier run instead of continuing it")
 @option("Publish", "--push", is_flag=True, help="publish the results, as `publish:` of the recipe says")
+@permissions("Publish")
 @TOKEN_FILE
 @common_options
 def command(**flags: Any) -> int:
@@ -56,11 +57,7 @@ def command(**flags: Any) -> int:
         return print_recipe(recipe)
     if flags["dry_run"]:
         return show_plan(recipe, flags, output)
-    how = recipe.publish if flags["push"] else None
-    if flags["push"] and how is None:
-        raise UsageError(
-            "--push: no repository is named", remedy="give --repo name/model, or `publish:` in the recipe"
-        )
+    how = _how(recipe, flags)
 
     from quantkit.cli.progress import choose
     from quantkit.run.convert import convert
@@ -71,11 +68,11 @@ def command(**flags: Any) -> int:
     with choose(output) as progress:
         planned = plan(recipe, headers_only=True, progress=progress, **where)
         planned.check()
-        if how is not None:
+        if how is not None and how.when != "manual":
             from quantkit.run.publish import check_ready
 
             token = find_token(how, flags["token_file"])
-            check_ready(how, planned, token=token, progress=progress)
+            check_ready(how, planned, token=token, pushing=pushing(flags), progress=progress)
         output.preview(planned.table())
         with stop_on_interrupt(progress.warn) as stop:
             report = convert(recipe, progress=progress, restart=flags["restart"], stop=stop, **where)
@@ -87,16 +84,32 @@ def command(**flags: Any) -> int:
     if not output.as_json:  # else both are one document
         output.result("convert", [report.table()], report.to_json(), paths)
 
-    from quantkit.run.publish import Pushing, publish
+    from quantkit.run.publish import publish
 
-    pushing = Pushing(engines=recipe.engine_check)
+    allowed = pushing(flags, engines=recipe.engine_check)
     with choose(output) as progress:
-        pushed = publish(paths, how, token=token, pushing=pushing, progress=progress)
+        pushed = publish(paths, how, token=token, pushing=allowed, progress=progress)
     if output.as_json:
         output.result("convert", [], {**report.to_json(), "push": pushed.to_json()})
     else:
         output.result("push", pushed.tables(), pushed.to_json(), [done.url for done in pushed.done])
     return code
+
+
+def _how(recipe: Recipe, flags: Mapping[str, Any]) -> Publish | None:
+    """Where the results are to be published, None: nowhere."""
+    if flags["push"]:
+        if recipe.publish is None:
+            raise UsageError(
+                "--push: no repository is named", remedy="give --repo name/model, or `publish:` in the recipe"
+            )
+        return recipe.publish
+    if given := permitted(flags):
+        raise UsageError(
+            f"{given[0]} is for what is published, and nothing is",
+            remedy="add --push; an earlier result on this disk is replaced by --on-exists replace",
+        )
+    return None
 
 
 def _verdict(report: Report, output: Output) -> int:

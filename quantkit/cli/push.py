@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli.help import Command
-from quantkit.cli.options import REPO, Flag, option
+from quantkit.cli.options import REPO, C, Flag, option
 from quantkit.cli.output import Output, common_options
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
     from quantkit.recipe.spec import Publish
+    from quantkit.run.publish import Pushing
 
 _EXAMPLES = (
     "quantkit push out --repo alice/Qwen3-0.6B-{target} --dry-run",
@@ -41,6 +42,41 @@ TOKEN_FILE = option(
     type=click.Path(dir_okay=False, path_type=Path),
     help="file with the token  [default: HF_TOKEN or the login]",
 )
+_PERMISSIONS = (
+    ("--replace", "replace published files of the same name that differ"),
+    ("--replace-card", "replace what a person changed inside quantkit's part of a card"),
+    ("--prune", "delete files that an earlier push made and this one does not"),
+    ("--yes", "go on where the visibility is another, or files that quantkit did not write become public"),
+)
+
+
+def permissions(section: str) -> Callable[[C], C]:
+    """What a push does only when it is told to; no key of a recipe, because it is said of one push."""
+
+    def decorate(command: C) -> C:
+        for name, text in reversed(_PERMISSIONS):
+            command = option(section, name, is_flag=True, help=text)(command)
+        return command
+
+    return decorate
+
+
+def permitted(flags: Mapping[str, Any]) -> list[str]:
+    """The permissions that were given."""
+    return [name for name, _ in _PERMISSIONS if flags[name.removeprefix("--").replace("-", "_")]]
+
+
+def pushing(flags: Mapping[str, Any], **more: bool) -> Pushing:
+    """What the permissions among `flags` say; `more` are other fields."""
+    from quantkit.run.publish import Pushing
+
+    return Pushing(
+        replace=flags["replace"],
+        replace_card=flags["replace_card"],
+        prune=flags["prune"],
+        confirmed=flags["yes"],
+        **more,
+    )
 
 
 def publish_options(command: Any) -> Any:
@@ -54,22 +90,7 @@ def publish_options(command: Any) -> Any:
 @click.argument("paths", nargs=-1, metavar="PATH...", type=click.Path(path_type=Path))
 @option("Common", "--dry-run", is_flag=True, help="show what would change; nothing is written, here or there")
 @option("Common", "--only", multiple=True, metavar="NAME", help="only this target; repeatable")
-@option("Common", "--replace", is_flag=True, help="replace files of the same name that differ")
-@option(
-    "Common",
-    "--replace-card",
-    is_flag=True,
-    help="replace what a person changed inside quantkit's part of a card",
-)
-@option(
-    "Common", "--prune", is_flag=True, help="delete files that an earlier push made and this one does not"
-)
-@option(
-    "Common",
-    "--yes",
-    is_flag=True,
-    help="go on where the visibility is another, or files that quantkit did not write become public",
-)
+@permissions("Common")
 @option("Common", "--no-engine", is_flag=True, help="do not load results that no engine has loaded yet")
 @publish_options
 @TOKEN_FILE
@@ -87,24 +108,16 @@ def command(paths: tuple[Path, ...], **flags: Any) -> int:
         raise UsageError(f"`{missing}` is not there", remedy="give the folder that quantkit convert wrote")
 
     from quantkit.cli.progress import choose
-    from quantkit.run.publish import Pushing, publish
+    from quantkit.run.publish import publish
 
     how = _how(paths, flags)
-    pushing = Pushing(
-        dry_run=flags["dry_run"],
-        replace=flags["replace"],
-        replace_card=flags["replace_card"],
-        prune=flags["prune"],
-        confirmed=flags["yes"],
-        engines=not flags["no_engine"],
-    )
     with choose(output) as progress:
         found = publish(
             paths,
             how,
             only=flags["only"],
             token=find_token(how, flags["token_file"]),
-            pushing=pushing,
+            pushing=pushing(flags, dry_run=flags["dry_run"], engines=not flags["no_engine"]),
             progress=progress,
         )
     output.result("push", found.tables(), found.to_json(), [done.url for done in found.done])

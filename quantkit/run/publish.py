@@ -13,21 +13,25 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from quantkit.checkpoint import card
-from quantkit.errors import HubError, UsageError, VerifyError
+from quantkit.checkpoint.atomic import PARTIAL
+from quantkit.errors import HubError, QuantkitError, UsageError, VerifyError
 from quantkit.hub import problems, scrub
 from quantkit.hub.client import connect, repository
 from quantkit.hub.licences import Licence, judge
 from quantkit.hub.manifest import MANIFEST, Check, Manifest, Origin, read_manifest
 from quantkit.hub.push import access, refusals
+from quantkit.hub.push.difference import Sums
 from quantkit.hub.push.patience import Patience
 from quantkit.hub.push.publication import README, Publication, publications
 from quantkit.hub.push.push import Pushed, push
-from quantkit.hub.push.record import RECORD
-from quantkit.hub.push.refusals import Place
-from quantkit.hub.push.session import Options
+from quantkit.hub.push.record import RECORD, Record
+from quantkit.hub.push.refusals import Place, distinct, in_one_line
+from quantkit.hub.push.session import Options, Session
 from quantkit.recipe.spec import Publish
+from quantkit.run import ahead
 from quantkit.run.cards import Cards
 from quantkit.run.engine_check import check_target
 from quantkit.run.manifest import origin
@@ -111,28 +115,36 @@ def check_ready(
     *,
     token: str | None = None,
     endpoint: str | None = None,
+    pushing: Pushing = Pushing(),
     progress: Progress = SILENT,
 ) -> None:
-    """Before a long run: whether its results could be published at all. HubError or UsageError if not.
+    """Before a long run: whether its results could be published. HubError or UsageError if not.
 
-    Whose token it is, where it may write, and what the licence of the source says; the rest is known once
-    there are files.
+    Whose token it is, where it may write, what the licence of the source says, and what lies there that the
+    push would stop at; the rest is known once there are files.
     """
     api = connect(endpoint, token)
-    place = Place(api, how.repo, "the same command again")
-    account = access.find_account(place, Patience(time.sleep, progress))
+    patience = Patience(time.sleep, progress)
+    account = access.find_account(Place(api, how.repo, "the same command again"), patience)
     if account is None:
         raise refusals.no_token(api.endpoint)
-    namespace = how.repo.partition("/")[0]
-    theirs = {name.lower() for name in account.namespaces}
-    foreign = "{" not in namespace and namespace.lower() not in theirs
-    if account.read_only or (foreign and not how.create_pr):
-        writable = () if account.read_only else account.namespaces
-        raise refusals.may_not_write(Place(api, how.repo, "", account.name, writable))
-    known = origin(made.source, made.checkpoint, made.graph, "")
-    blockers = _licences([known], how, api)[known.fingerprint].blockers
-    if blockers:
-        raise UsageError("\n  ".join(blockers))
+    source = origin(made.source, made.checkpoint, made.graph, "")
+    options = Options(replace=pushing.replace, confirmed=pushing.confirmed, resume="the same command again")
+    record = Record(Path(made.recipe.output.dir) / RECORD, progress)
+    session = Session(api, lambda *_: {}, options, progress, patience, Sums(), record, account)
+    with disable_progress_bars():
+        licence = _licences([source], how, api)[source.fingerprint]
+        found: list[QuantkitError] = [UsageError(text) for text in licence.blockers]
+        for publication in ahead.expected(made, source, how):
+            progress.step("plan", publication.name)
+            found += ahead.problems(session, publication, licence, replace_card=pushing.replace_card)
+    match distinct(found):
+        case ():
+            return
+        case (problem,):
+            raise problem
+        case several:
+            raise type(several[0])("\n  ".join(map(in_one_line, several)))
 
 
 def _targets(paths: Sequence[Path], only: Sequence[str]) -> list[tuple[Path, Manifest]]:
@@ -146,17 +158,21 @@ def _targets(paths: Sequence[Path], only: Sequence[str]) -> list[tuple[Path, Man
 
 
 def _folders(path: Path) -> Iterator[Path]:
-    """The targets' folders in `path`, or itself."""
-    if (path / MANIFEST).is_file():
-        yield path
-        return
-    inside = sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if path.is_dir() else []
-    if not inside:
+    """The targets' folders in `path`, or itself; none that was not finished, or did not verify."""
+    single = (path / MANIFEST).is_file()
+    found = [path] if single else sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
+    whole = [folder for folder in found if not folder.resolve().name.endswith(PARTIAL)]
+    if not found:
         raise UsageError(
             f"`{path}` holds nothing that quantkit made: no {MANIFEST} there or in its folders",
             remedy="give the folder that quantkit convert wrote",
         )
-    yield from inside
+    if not whole:
+        raise UsageError(
+            f"`{found[0]}` was not finished, or what was written did not verify",
+            remedy="run quantkit convert again: it says what is wrong, or goes on",
+        )
+    yield from whole
 
 
 def _broken_gates(folder: Path, name: str) -> list[str]:
@@ -188,13 +204,14 @@ def _licences(origins: Sequence[Origin], how: Publish, api: HfApi) -> dict[str, 
     found: dict[str, Licence] = {}
     for source in origins:
         if source.fingerprint not in found:
-            known = dataclasses.replace(source, card=source.card or _card(source, how, api))
+            said = source.card if "license" in source.card else {**_card(source, how, api), **source.card}
+            known = dataclasses.replace(source, card=said)
             found[source.fingerprint] = judge(known, how, endpoint=api.endpoint, gated=_gated(source, api))
     return found
 
 
 def _card(source: Origin, how: Publish, api: HfApi) -> Mapping[str, Any]:
-    """The card of a source beside which none lay: it was in a sub-folder, or in a cache without its card.
+    """The card of the repository: no licence was known beside the source, in a sub-folder or an older cache.
 
     HubError where the Hub does not tell it, and the person no licence: one that is not known is not none.
     """

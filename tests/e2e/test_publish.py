@@ -188,6 +188,37 @@ def place(tmp_path: Path, source: Path, calibration_text: Path, evaluation_text:
         yield workplace(hub, tmp_path, source, calibration_text, evaluation_text)
 
 
+def test_a_sub_folder_is_published_under_the_licence_of_its_repository(
+    place: Workplace, source: Path
+) -> None:
+    inside = {path.name: path.read_bytes() for path in source.iterdir()}
+    above = {name: inside.pop(name) for name in ("LICENSE", "README.md")} | {"NOTICE.txt": b"by them"}
+    place.hub.add("org/nested", above | {f"f32/{name}": content for name, content in inside.items()})
+    done = place.call(
+        "convert", "org/nested:f32", "--to", "gptq:w4g32@method=rtn,name=gptq-w4g32", "--to", "gguf:q8_0",
+        "-o", "nested", "--set", "eval.perplexity=[]",
+        "--push", "--repo", "alice/nested-{target}", "--no-engine",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    for repo in ("alice/nested-gptq-w4g32", "alice/nested-GGUF"):
+        published = place.hub.repo(repo)
+        assert published.read("LICENSE") == LICENSE and published.read("NOTICE.txt") == b"by them"
+        assert b"\nlicense: apache-2.0\n" in published.read("README.md")
+    assert "not stated" not in done.err
+    # where the sub-folder has its own, that one counts
+    place.hub.add(
+        "org/nested", {"f32/LICENSE": b"Other terms.", "f32/README.md": b"---\nlicense: mit\n---\n"}
+    )
+    done = place.call(
+        "convert", "org/nested:f32", "--to", "gptq:w4g32@method=rtn", "-o", "own",
+        "--set", "eval.perplexity=[]", "--push", "--repo", "alice/own", "--no-engine",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    published = place.hub.repo("alice/own")
+    assert published.read("LICENSE") == b"Other terms." and published.read("NOTICE.txt") == b"by them"
+    assert b"\nlicense: mit\n" in published.read("README.md")
+
+
 @pytest.mark.parametrize(
     ("token", "says"),
     [("", "There is no token"), ("hf_expiredexpired", "not valid"), (READER, "may not write")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.hubserver.state import Commit, Kind, Repo, State, User
-from tests.hubserver.wire import Refused, Request, refusal
+from tests.hubserver.wire import Answer, Refused, Request, refusal
 
 NO_LOGIN = "Invalid username or password."
 NO_TOKEN = "Invalid credentials in Authorization header"
@@ -35,11 +35,16 @@ def kind_of(request: Request) -> Kind:
 
 
 def visible(state: State, request: Request) -> Repo:
-    """The repository, if who asks may know of it: its files' names, not their content."""
-    user = user_of(state, request)
-    repo = state.repos.get((kind_of(request), request.params["id"]))
+    """The repository, if who asks may know of it: its files' names, not their content.
+
+    A name that it had answers with a redirect to the one that it has, whatever is asked for.
+    """
+    user, id = user_of(state, request), request.params["id"]
+    repo = state.find(kind_of(request), id)
     if repo is None or (repo.private and not (user and user.may_read(repo.namespace))):
         raise refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
+    if repo.id != id:
+        raise Refused(Answer(307, headers={"Location": request.target.replace(id, repo.id, 1)}))
     return repo
 
 

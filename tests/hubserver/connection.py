@@ -50,16 +50,19 @@ class Traffic:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def received(self, request: Request) -> Fault | None:
-        """Note a request, do what was to happen before it; the fault that befalls it."""
+        """Note a request; the fault that befalls it."""
         with self.lock:
             self.log.append(request.line)
             self.requests.append(request)
+            return next((fault for fault in self.faults if fault.takes(request)), None)
+
+    def before(self, request: Request) -> None:
+        """Do what was to happen before this request is answered."""
+        with self.lock:
             due = [pair for pair in self.meanwhile if re.search(pair[0], request.line)][:1]
             self.meanwhile = [pair for pair in self.meanwhile if pair not in due]
-            fault = next((fault for fault in self.faults if fault.takes(request)), None)
         for _, do in due:
             do()
-        return fault
 
     def close(self) -> None:
         """End whatever waits and every connection."""
@@ -123,6 +126,7 @@ class Connection(BaseHTTPRequestHandler):
             case Fault(action="delay"):
                 self.traffic.closing.wait(fault.seconds)
         request.body = self._body()
+        self.traffic.before(request)
         match fault:
             case Fault(action="status"):
                 kind = "application/json" if fault.body.startswith(("{", "[")) else "text/plain"
@@ -143,9 +147,13 @@ class Connection(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+            size = int(self.headers.get("Content-Length", "0"))
+            body = self.rfile.read(size)
+            if len(body) < size:
+                raise ConnectionResetError("the client went away while it sent")
+            return body
         body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
+        while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
             body += self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()

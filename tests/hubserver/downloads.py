@@ -35,7 +35,7 @@ def resolve(state: State, request: Request) -> Answer:
 
 def deliver(state: State, request: Request) -> Answer:
     """The content of a large file, to whoever has its address."""
-    repo = state.repos.get((kind_of(request), request.params["id"]))
+    repo = state.find(kind_of(request), request.params["id"])
     if repo is None:
         raise refusal(403, "AccessDenied")
     entry = commit_at(repo, request.params["revision"]).files[request.params["path"]]

@@ -125,6 +125,16 @@ class HubServer:
     def has(self, repo: str, kind: Kind = "model") -> bool:
         return (kind, repo) in self._state.repos
 
+    def rename(self, old: str, new: str, kind: Kind = "model") -> None:
+        """Give a repository another name; the old one redirects until something else has it."""
+        with self._state.lock:
+            self._state.rename(kind, old, new)
+
+    def remove(self, repo: str, kind: Kind = "model") -> None:
+        """Delete a repository; large files stay in the storage for a while, as at the Hub."""
+        with self._state.lock:
+            del self._state.repos[kind, repo]
+
     def corrupt(self, repo: str, path: str, revision: str = "main") -> None:
         """Flip a byte of a stored file; its hashes stay what they were."""
         with self._state.lock:

@@ -223,6 +223,7 @@ class State:
         self.lock = threading.RLock()
         self.cdn = ""
         self.repos: dict[tuple[Kind, str], Repo] = {}
+        self.moved: dict[tuple[Kind, str], str] = {}
         self.tokens: dict[str, User] = {
             "hf_alicealicealice": User("alice", {"acme": "write"}),
             "hf_bobbobbobbob": User("bob"),
@@ -235,7 +236,22 @@ class State:
         attributes = {".gitattributes": self.store.regular(".gitattributes", _ATTRIBUTES)}
         repo.commit("refs/heads/main", "initial commit", attributes, author=author)
         self.repos[kind, id] = repo
+        self.moved.pop((kind, id), None)
         return repo
+
+    def rename(self, kind: Kind, old: str, new: str) -> None:
+        """Another name for a repository; requests to the old one are told where it is."""
+        repo = self.repos.pop((kind, old))
+        repo.id = new
+        self.repos[kind, new] = repo
+        self.moved.pop((kind, new), None)
+        self.moved[kind, old] = new
+
+    def find(self, kind: Kind, id: str) -> Repo | None:
+        """A repository by its name or one that it had."""
+        while (kind, id) not in self.repos and (kind, id) in self.moved:
+            id = self.moved[kind, id]
+        return self.repos.get((kind, id))
 
 
 def git_hash(content: bytes) -> str:

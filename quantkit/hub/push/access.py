@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.hub.push import refusals
-from quantkit.hub.push.difference import Row, counted, nothing_to_do
+from quantkit.hub.push import published, refusals
+from quantkit.hub.push.difference import OF_THE_HUB, Row, counted, nothing_to_do
 from quantkit.hub.push.patience import Patience
 from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.refusals import FAILURES, Place
-from quantkit.hub.push.remote import RemoteState
+from quantkit.hub.push.remote import RemoteState, look
 from quantkit.hub.push.session import Account, Session
+from quantkit.recipe.sizes import format_size
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """Files of a branch that nobody looked at, and that all will see once the repository is public."""
+
+    branch: str
+    files: int
+    bytes: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"{counted(self.files)} on {self.branch} ({format_size(self.bytes)}, first: '{self.first}')"
 
 
 def find_account(place: Place, patience: Patience) -> Account | None:
@@ -74,6 +91,44 @@ def tagged(publication: Publication, remote: RemoteState, rows: tuple[Row, ...])
         )
 
 
+def opens(publication: Publication, remote: RemoteState) -> bool:
+    """Whether all will see it at the end who do not now."""
+    asked = publication.visibility == "private-then-public" and not publication.create_pr
+    return asked and remote.private is not False
+
+
+def unseen(
+    session: Session, publication: Publication, remote: RemoteState, rows: tuple[Row, ...]
+) -> tuple[Unseen, ...]:
+    """What becomes public with a publication though neither it nor an earlier one put it there as it is.
+
+    Of a repository of branches it is told with the last publication, which knows those of the others.
+    """
+    if not remote.exists or not opens(publication, remote):
+        return ()
+    known = {OF_THE_HUB, *published.accounted(remote.known, remote.files)}
+    # a branch that is yet to be made from main has what main has
+    here = rows if remote.head is not None or publication.fork_from_first else ()
+    own = {row.path: row.bytes for row in here if row.change == "untouched" and row.path not in known}
+    found = [(publication.revision, own)]
+    if not publication.fork_from_first:
+        ours = {publication.revision, *(placed.branch for placed in publication.placed)}
+        for branch in sorted(remote.branches.keys() - ours):
+            there = look(publication, session.place(publication), session.patience, revision=branch)
+            known = {OF_THE_HUB, *published.accounted(there.known, there.files)}
+            found.append((branch, {p: file.size for p, file in there.files.items() if p not in known}))
+    return tuple(
+        Unseen(branch, len(files), sum(files.values()), min(files)) for branch, files in found if files
+    )
+
+
+def shown(found: Sequence[Unseen]) -> str:
+    """In words, the first of many."""
+    more = len(found) - _SHOWN
+    others = f" and files on {more} more {'branch' if more == 1 else 'branches'}" if more > 0 else ""
+    return ", ".join(map(str, found[:_SHOWN])) + others
+
+
 def visible(
     session: Session, publication: Publication, remote: RemoteState, rows: tuple[Row, ...]
 ) -> Iterator[QuantkitError]:
@@ -87,18 +142,11 @@ def visible(
             f"{publication.repo} is {is_now}, {wanted} was asked for",
             remedy=f"to publish to it as it is, give --visibility {is_now} (publish.visibility) or --yes",
         )
-    if wanted == "private-then-public" and remote.private:
-        kept = remote.known.paths.union(*(placed.files for placed in remote.earlier))
-        others = [
-            row.path for row in rows
-            if row.change == "untouched" and row.path not in kept
-        ]  # fmt: skip
-        if others:
-            yield UsageError(
-                f"{publication.repo} would become public with {counted(len(others))} that quantkit did not "
-                f"put there (first: '{others[0]}')",
-                remedy="give --yes if all may see that, or --visibility private (publish.visibility)",
-            )
+    if others := unseen(session, publication, remote, rows):
+        yield UsageError(
+            f"{publication.repo} would become public with what this push does not verify: {shown(others)}",
+            remedy="give --yes if all may see that, or --visibility private (publish.visibility)",
+        )
 
 
 def _may_write(session: Session, place: Place) -> Iterator[QuantkitError]:

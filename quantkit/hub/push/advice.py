@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from quantkit.gguf.files import PASSED_OVER
 from quantkit.hub.push import published
+from quantkit.hub.push.access import opens
 from quantkit.hub.push.difference import SENT, Row, counted
 from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.remote import RemoteState
@@ -46,28 +47,22 @@ def total(publication: Publication, remote: RemoteState, rows: tuple[Row, ...]) 
     if parts:
         return "; ".join(parts)
     tagged = publication.create_pr or publication.tag is None or publication.tag in remote.tags
-    done = tagged and not _opens(publication, remote) and remote.head is not None
+    done = tagged and not opens(publication, remote) and remote.head is not None
     return "nothing to do" if done else "nothing to send"
 
 
 def _of_visibility(publication: Publication, remote: RemoteState) -> str:
     wanted = publication.visibility
-    opens = ", and made public once everything in it is verified" if _opens(publication, remote) else ""
+    then = ", and made public once everything in it is verified" if opens(publication, remote) else ""
     if not remote.exists:
         if publication.create_pr:
             return f"{publication.repo} is not there"
-        return f"{publication.repo} will be made, {'public' if wanted == 'public' else 'private'}{opens}"
+        return f"{publication.repo} will be made, {'public' if wanted == 'public' else 'private'}{then}"
     is_now = "private" if remote.private else "public"
-    as_asked = opens or wanted in (None, is_now, "private-then-public")
+    as_asked = then or wanted in (None, is_now, "private-then-public")
     return f"{publication.repo} is {is_now}" + (
-        opens if as_asked else f", and stays so; {wanted} was asked for"
+        then if as_asked else f", and stays so; {wanted} was asked for"
     )
-
-
-def _opens(publication: Publication, remote: RemoteState) -> bool:
-    """Whether all will see it at the end who do not now."""
-    asked = publication.visibility == "private-then-public" and not publication.create_pr
-    return asked and remote.private is not False
 
 
 def _of_the_branch(publication: Publication, remote: RemoteState) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 
 from quantkit import __version__
@@ -13,6 +14,7 @@ from quantkit.hub.push.publication import Item, Publication, label
 from quantkit.hub.push.remote import RemoteState
 
 _MAX_TITLE = 120
+_TITLE = re.compile(r"(Add|Describe) .+ \(quantkit \S+\)")
 
 
 def last(publication: Publication, remote: RemoteState, card: Mapping[str, bytes]) -> tuple[Item, ...]:
@@ -43,6 +45,11 @@ def weights_title(publication: Publication) -> str:
 def card_title(publication: Publication) -> str:
     """``Describe Q4_K_M, Q5_K_M (quantkit 0.3.1)``."""
     return _title("Describe", publication)
+
+
+def is_title(text: str) -> bool:
+    """Whether a commit of some push has this title."""
+    return _TITLE.fullmatch(text) is not None
 
 
 def text(publication: Publication, files: Mapping[str, tuple[int, str]]) -> str:

@@ -12,6 +12,8 @@ from quantkit.errors import VerifyError
 from quantkit.hub.listing import Listed
 from quantkit.hub.manifest import FileSum
 from quantkit.hub.push.publication import Item
+from quantkit.recipe.sizes import format_size
+from quantkit.run.progress import SILENT, Progress
 
 Change = Literal["new", "replace", "same", "untouched", "delete"]
 MAKE_ANEW = "run quantkit convert again with --on-exists replace"
@@ -19,6 +21,7 @@ SENT: tuple[Change, ...] = ("new", "replace")
 OF_THE_HUB = ".gitattributes"
 _CHUNK = 1 << 20
 _SMALL = 1 << 25  # what git might hold itself, so both of its hashes are taken in one reading
+_LARGE = 1 << 28  # takes seconds to read, which are told of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Row:
 class Sums:
     """Hashes of local files; each file is read once, and again when it was written to since."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress = SILENT) -> None:
+        self._progress = progress
         self._known: dict[tuple[str, int, int], FileSum] = {}
         self._git: dict[tuple[str, int, int], str] = {}
 
@@ -74,9 +78,13 @@ class Sums:
         sha256 = hashlib.sha256()
         git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if size <= _SMALL else None
         count = 0
+        if size >= _LARGE:
+            self._progress.step("checksum", f"{path.name} ({format_size(size)})")
         for chunk in _chunks(path):
             sha256.update(chunk)
             count += len(chunk)
+            if size >= _LARGE:
+                self._progress.amount(count, size)
             if git is not None:
                 git.update(chunk)
         if count != size:

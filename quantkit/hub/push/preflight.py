@@ -111,10 +111,19 @@ def plan(session: Session, publication: Publication) -> Plan:
         problems += [UsageError(text) for text in licence.blockers]
         if remote.exists and not remote.private:
             problems += [UsageError(text) for text in licence.blockers_if_public]
-    notes = tuple(dict.fromkeys((*advice.notes(publication, remote, rows, gated), *_of_card(last))))
+    told = advice.notes(publication, remote, rows, gated)
+    notes = tuple(dict.fromkeys((*told, *_with_it(session, publication, remote, rows), *_of_card(last))))
     total = advice.total(publication, remote, rows)
     warnings = tuple(dict.fromkeys(warnings))
     return Plan(publication, remote, rows, last, gated, number, warnings, notes, total, tuple(problems))
+
+
+def _with_it(
+    session: Session, publication: Publication, remote: RemoteState, rows: tuple[Row, ...]
+) -> Iterator[str]:
+    """What becomes public beside this publication, where a person agreed to it; else it stops the push."""
+    if session.options.confirmed and (others := access.unseen(session, publication, remote, rows)):
+        yield f"what this push does not verify becomes public, too: {access.shown(others)}"
 
 
 def _described(

@@ -147,15 +147,31 @@ def still_there(
     )
 
 
+def accounted(known: Published, listed: Mapping[str, Listed]) -> frozenset[str]:
+    """Files of earlier pushes that are what those put there, by size and, of large ones, sha256.
+
+    What describes them goes by its name.
+    """
+    if not known.ours:
+        return frozenset()
+    same = {path for path, told in known.files.items() if path in listed and _is(listed[path], told)}
+    return frozenset((*same, *known.described, README, MANIFEST))
+
+
 def _intact(placed: Placed, told: Mapping[str, FileSum], listed: Mapping[str, Listed]) -> bool:
     """Side files may have come anew with another target; weights are what the numbers are about."""
     for path in placed.files:
         there, made = listed.get(path), told.get(path)
         if there is None or made is None:
             return False
-        if is_weights(path) and (there.size != made.bytes or (there.large and there.sum != made.sha256)):
+        if is_weights(path) and not _is(there, made):
             return False
     return True
+
+
+def _is(there: Listed, made: FileSum) -> bool:
+    """Whether a file has this sum, as far as the listing tells it."""
+    return there.size == made.bytes and (not there.large or there.sum == made.sha256)
 
 
 def replaced(publication: Publication, known: Published) -> tuple[str, ...]:

@@ -32,9 +32,11 @@ def find(session: Session, publication: Publication) -> int | None:
 
 
 def open_draft(session: Session, publication: Publication) -> int:
-    """A new one; when the answer is lost, the one that was opened is looked for before another is."""
+    """A new one, unless another push opened it since; after a lost answer it is looked for, too."""
     place = session.place(publication)
     doing = "opening a pull request"
+    if (number := find(session, publication)) is not None:
+        return number
     for failed in range(1, TRIES + 1):
         try:
             made = place.api.create_pull_request(

@@ -13,13 +13,13 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from quantkit.errors import HubError, QuantkitError, UsageError
 from quantkit.hub.push import access, preflight
-from quantkit.hub.push.difference import OF_THE_HUB, Sums, counted
+from quantkit.hub.push.difference import Sums, counted
 from quantkit.hub.push.patience import Patience
 from quantkit.hub.push.preflight import Plan
 from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.record import Record
 from quantkit.hub.push.refusals import Place, distinct, in_one_line
-from quantkit.hub.push.remote import ensure, is_private, listing, read_tag
+from quantkit.hub.push.remote import RemoteState, ensure, is_private, look, read_tag
 from quantkit.hub.push.session import Card, Options, Session
 from quantkit.hub.push.upload import Done, Upload
 from quantkit.run.progress import SILENT, Progress
@@ -95,7 +95,7 @@ def push(
         place = Place(api, publications[0].repo, options.resume or "the same command again")
         account = access.find_account(place, patience)
         kept = Record(None if options.dry_run else record, progress)
-        session = Session(api, card, options, progress, patience, Sums(), kept, account)
+        session = Session(api, card, options, progress, patience, Sums(progress), kept, account)
         plans = tuple(_plan(session, publication) for publication in publications)
         if options.dry_run:
             return Pushed(plans, (), True)
@@ -107,8 +107,8 @@ def push(
             upload = Upload(session, plan, is_prepared=any(each.repo == repo for each in done))
             made = upload.run()
             finished = all(later.publication.repo != repo for later in plans[i + 1 :])
-            before = [pair for pair in zip(plans, done, strict=False) if pair[1].repo == repo]
-            done.append(_finish(session, upload, plan, [*before, (plan, made)], last=finished))
+            here = [plan for plan in plans[: i + 1] if plan.publication.repo == repo]
+            done.append(_finish(session, upload, made, here, last=finished))
         return Pushed(plans, tuple(done), False)
 
 
@@ -139,14 +139,12 @@ def _tell(progress: Progress, plans: Sequence[Plan]) -> None:
         progress.note(f"{plan.publication.name}: {plan.total}")
 
 
-def _finish(
-    session: Session, upload: Upload, plan: Plan, here: Sequence[tuple[Plan, Done]], *, last: bool
-) -> Done:
+def _finish(session: Session, upload: Upload, done: Done, here: Sequence[Plan], *, last: bool) -> Done:
     """The tag; and, once everything in the repository is verified, who may see it.
 
-    `here` are the plans of the repository so far, with what was done.
+    `here` are the plans of the repository so far.
     """
-    done = here[-1][1]
+    plan = here[-1]
     publication, place = plan.publication, session.place(plan.publication)
     entry = upload.entry
     if publication.tag is not None and not publication.create_pr:
@@ -155,38 +153,47 @@ def _finish(
         _tag(session, place, publication.tag, done.commit)
         entry.tag = publication.tag
         done = replace(done, tag=publication.tag)
-    wanted = publication.visibility
-    if last and wanted == "private-then-public" and not publication.create_pr:
+    if plan.remote.private is not None:
+        entry.visibility = "private" if plan.remote.private else "public"
+    if last and publication.visibility == "private-then-public" and not publication.create_pr:
         if plan.remote.private is not False:
-            session.progress.step("push", f"making {publication.repo} public")
-            if not session.options.confirmed:
-                _require_agreed(session, here)
-            show = partial(session.api.update_repo_settings, publication.repo, visibility="public")
-            ensure(
-                place,
-                session.patience,
-                show,
-                lambda: not is_private(place),
-                "making the repository public",
-            )
+            _show(session, place, here)
         entry.visibility = "public"
     entry.step = "done"
     session.record.keep(entry)
     return done
 
 
-def _require_agreed(session: Session, here: Sequence[tuple[Plan, Done]]) -> None:
-    """HubError when a repository that is to become public holds what was not there to be agreed to."""
-    for plan, done in here:
-        publication, place = plan.publication, session.place(plan.publication)
-        agreed = {OF_THE_HUB, *done.sent, *(row.path for row in plan.rows)}
-        files = listing(place, session.patience, publication.revision)
-        if others := sorted(files.keys() - agreed):
+def _show(session: Session, place: Place, plans: Sequence[Plan]) -> None:
+    """Let everybody see the repository, unless another push did so in the meantime."""
+    if not session.patience.ask(partial(is_private, place), place, "looking at it"):
+        return
+    session.progress.step("push", f"making {place.repo} public")
+    for plan in plans:
+        _require_agreed(session, plan, look(plan.publication, place, session.patience))
+    show = partial(session.api.update_repo_settings, place.repo, visibility="public")
+    ensure(place, session.patience, show, lambda: not is_private(place), "making the repository public")
+
+
+def _require_agreed(session: Session, plan: Plan, remote: RemoteState) -> None:
+    """HubError when what is to become public is not what was verified, or not all that was agreed to."""
+    publication, place = plan.publication, session.place(plan.publication)
+    for item in publication.weights:
+        if not session.sums.match(item.source, remote.files.get(item.path_in_repo)):
             raise HubError(
-                f"{publication.name} is complete and stays private: {counted(len(others))} appeared while it "
-                f"was published to (first: '{others[0]}').",
-                remedy=f"if all may see that: {place.resume}, with --yes",
+                f"{publication.name} stays private: '{item.path_in_repo}' was changed or deleted there while "
+                "it was published to.",
+                remedy=f"look at {place.url}/commits/{publication.revision}, then: {place.resume}",
             )
+    rows = preflight.rows_of(session, publication, remote, plan.last)
+    if session.options.confirmed or not (others := access.unseen(session, publication, remote, rows)):
+        return
+    count, first = sum(each.files for each in others), others[0]
+    raise HubError(
+        f"{publication.name} is complete and stays private: {counted(count)} appeared while it was published "
+        f"to (first: '{first.first}' on {first.branch}).",
+        remedy=f"if all may see that: {place.resume}, with --yes",
+    )
 
 
 def _tag(session: Session, place: Place, tag: str, commit: str) -> None:

@@ -1,13 +1,17 @@
 """`publish.json` beside the targets: what was published where, as far as a push got.
 
-It is written after each step. Only the number of a pull request is read from it: what is there, the
-repository itself says. So nothing fails for want of it.
+It is written after each step, with what other pushes wrote since. Only the number of a pull request is read
+from it: what is there, the repository itself says. So nothing fails for want of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,23 +50,18 @@ class Record:
         self._path = path
         self._progress = progress
         self._entries: dict[tuple[str, str, str], dict[str, Any]] = {}
-        if path is not None:
-            try:
-                self._read(path)
-            except OSError as error:
-                self._do_without(f"`{path}` cannot be read: {error.strerror}")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                self._do_without(f"`{path}` is not what quantkit push writes")
+        self._read()
 
-    def _read(self, path: Path) -> None:
-        try:
-            found = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+    def _read(self) -> None:
+        """What is noted there by now, in place of what was known of it."""
+        if self._path is None:
             return
-        if found["schema"] != SCHEMA:
-            raise ValueError(found["schema"])
-        for told in found["publications"]:
-            self._entries[told["endpoint"], told["repo"], told["branch"]] = told
+        try:
+            self._entries = _entries(self._path)
+        except OSError as error:
+            self._do_without(f"`{self._path}` cannot be read: {error.strerror}")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            self._do_without(f"`{self._path}` is not what quantkit push writes")
 
     def _do_without(self, why: str) -> None:
         self._path = None
@@ -74,8 +73,18 @@ class Record:
         return number if isinstance(number, int) else None
 
     def keep(self, entry: Entry) -> None:
-        """Write how far a publication got."""
-        self._entries[entry.endpoint, entry.repo, entry.branch] = asdict(entry)
+        """Write how far a publication got; what others noted in the meantime stays."""
+        if self._path is None:
+            return
+        with _alone_in(self._path.parent):
+            self._read()
+            self._entries[entry.endpoint, entry.repo, entry.branch] = asdict(entry)
+            for told in self._entries.values():  # who may see it is the same for every branch
+                if (told["endpoint"], told["repo"]) == (entry.endpoint, entry.repo):
+                    told["visibility"] = entry.visibility or told.get("visibility")
+            self._write()
+
+    def _write(self) -> None:
         if self._path is None:
             return
         document = {
@@ -89,6 +98,27 @@ class Record:
             self._do_without(error.message)
         except (OSError, RecursionError) as error:
             self._do_without(f"`{self._path}` cannot be written: {error}")
+
+
+def _entries(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    if found["schema"] != SCHEMA:
+        raise ValueError(found["schema"])
+    return {(told["endpoint"], told["repo"], told["branch"]): told for told in found["publications"]}
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other push writes there meanwhile; where a folder cannot be locked, it is done without."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _versions() -> dict[str, str]:

@@ -189,7 +189,9 @@ def _info(place: Place, patience: Patience) -> ModelInfo | None:
 
     info = patience.ask(ask, place, "looking at it")
     if info is not None and info.id.lower() != place.repo.lower():
-        raise UsageError(f"{place.repo} is called {info.id} by now", remedy=f"publish to {info.id}")
+        raise UsageError(
+            f"{place.repo} is called {info.id} by now", remedy=f"give --repo {info.id} (publish.repo)"
+        )
     return info
 
 

@@ -96,14 +96,14 @@ class Session:
 
     def place(self, publication: Publication) -> Place:
         """Where a publication goes, for questions and for messages."""
-        resume = self.options.resume or _again(publication)
+        resume = self.options.resume or _again(publication, self.options)
         name = None if self.account is None else self.account.name
         namespaces = () if self.account is None or self.account.read_only else self.account.namespaces
         return Place(self.api, publication.repo, resume, name, namespaces)
 
 
-def _again(publication: Publication) -> str:
-    """A command that goes on with this publication."""
+def _again(publication: Publication, options: Options) -> str:
+    """A command that goes on with this publication, and may do what this push may."""
     format = publication.targets[0].format
     layout = "files" if publication.several else "repo-per-target"
     if publication.fork_from_first or any(placed.branch for placed in publication.placed):
@@ -115,4 +115,7 @@ def _again(publication: Publication) -> str:
     words += [] if publication.branch is None else ["--branch", publication.branch]
     words += ["--create-pr"] if publication.create_pr else []
     words += [] if publication.tag is None else ["--tag", publication.tag]
+    words += ["--replace"] if options.replace else []
+    words += ["--prune"] if options.prune else []
+    words += ["--yes"] if options.confirmed else []
     return shlex.join(words)

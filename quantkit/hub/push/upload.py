@@ -13,6 +13,7 @@ After any failure the listing of the repository decides what is true, not the an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -40,6 +41,7 @@ from quantkit.hub.push.remote import (
     look,
     read_head,
 )
+from quantkit.hub.push.sent import Sending
 from quantkit.hub.push.session import Session
 from quantkit.recipe.sizes import format_size
 
@@ -77,6 +79,18 @@ class Done:
         }
 
 
+class _Overtaken(Exception):
+    """Another push of this account described the repository first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Onto:
+    """What a commit goes on top of; `files`: what that holds, where more may have come since."""
+
+    parent: str
+    files: Mapping[str, Listed] | None = None
+
+
 class Upload:
     """Carries out one plan; `is_prepared`: one of the same repository was carried out before."""
 
@@ -88,34 +102,50 @@ class Upload:
         self._place = session.place(plan.publication)
         self._ensure = partial(ensure, self._place, session.patience)
         self._number = plan.pull_request
+        self._sending = Sending(session.progress, 0)
         self._uploaded: set[str] = set()
-        self._sent: list[str] = []
+        self._new: list[str] = []
         self._entry = Entry(self._place.api.endpoint, plan.publication.repo, plan.publication.revision)
 
     def run(self) -> Done:
         """Everything but what is done once per repository; HubError when it fails for good."""
         self._prepare()
         remote = self._look()
-        if not self._plan.remote.exists:
-            promised = replace(self._publication, visibility=self._publication.visibility or "private")
-            for problem in access.visible(self._session, promised, remote, ()):
-                raise problem  # somebody else made it in the meantime
+        self._require_as_planned(remote)
         weights = self._weights(remote)
         self._keep("weights", weights_commit=weights)
-        remote = self._look()
-        if remote.head != weights and not self._all_there(self._publication.weights, remote.files):
-            raise self._changed(weights)
-        commit, deleted = self._card(remote)
+        commit, deleted = self._described(weights)
         if self._number is not None:
             pull_request.show(self._session, self._publication, self._number)
         url = f"{self._place.url}/tree/{self._publication.revision}"
         if self._number is not None:
             url = f"{self._place.url}/discussions/{self._number}"
         self._keep("described", commit=commit, url=url)
-        sent = tuple(self._sent)
+        sent = tuple(self._new)
         return Done(
             self._publication.repo, self._publication.revision, url, commit, self._number, sent, deleted
         )
+
+    def _require_as_planned(self, remote: RemoteState) -> None:
+        """UsageError when somebody else made it, or lets others see it, since it was planned."""
+        planned, asked = self._plan.remote, self._publication.visibility
+        if planned.exists and asked == "private-then-public":
+            return
+        promised = replace(
+            self._publication, visibility=asked or ("public" if planned.private is False else "private")
+        )
+        for problem in access.visible(self._session, promised, remote, ()):
+            raise problem
+
+    def _described(self, weights: str) -> tuple[str, tuple[str, ...]]:
+        """The last commit, and what it deleted; made anew when another push of this account was faster."""
+        for _ in range(TRIES):
+            remote = self._look()
+            if remote.head != weights and not self._all_there(self._publication.weights, remote.files):
+                break
+            with suppress(_Overtaken):
+                return self._card(remote)
+        raise self._changed(weights)
 
     @property
     def entry(self) -> Entry:
@@ -132,7 +162,7 @@ class Upload:
         remote = look(self._publication, self._place, self._session.patience, revision=self._revision)
         if remote.head is None:
             raise HubError(
-                f"{self._publication.name} is not there, though it was made.",
+                f"{self._publication.name} is not there any more.",
                 remedy=f"look at {self._place.url}, then: {self._place.resume}",
             )
         return preflight.as_left(self._session, self._publication, remote)
@@ -178,33 +208,32 @@ class Upload:
     def _weights(self, remote: RemoteState) -> str:
         """The commit at which all weights are verified."""
         weights = self._publication.weights
-        head, missing = str(remote.head), self._missing(weights, remote.files)
+        head, files = str(remote.head), remote.files
+        missing = self._missing(weights, files)
         if missing:
             rows = preflight.rows_of(self._session, self._publication, remote, ())
             for problem in preflight.foreign(self._session, self._publication, remote, rows):
                 raise problem
-            head, missing = self._sent_and_missing(missing)
+            head, files = self._sent(missing, head, files)
+            missing = self._missing(weights, files)
         if missing:
             name = missing[0].path_in_repo
             self._session.progress.warn(
                 f"{self._publication.name}: '{name}' is listed with another content; sending it again"
             )
-            head, missing = self._sent_and_missing(missing)
+            head, files = self._sent(missing, head, files)
+            missing = self._missing(weights, files)
         if missing:
-            files = listing(self._place, self._session.patience, head)
             raise self._damaged(missing[0], files.get(missing[0].path_in_repo))
         self._session.progress.note(f"{self._publication.name}: all weights verified at {head[:7]}")
         return head
 
-    def _sent_and_missing(self, items: Sequence[Item]) -> tuple[str, tuple[Item, ...]]:
-        """The commit of `items`, and the weights that it does not list as they are here."""
-        head = self._send(items)
-        files = listing(self._place, self._session.patience, head)
-        return head, self._missing(self._publication.weights, files)
-
-    def _send(self, items: Sequence[Item]) -> str:
-        """Upload `items`, then commit them; the commit."""
+    def _sent(
+        self, items: Sequence[Item], head: str, files: Mapping[str, Listed]
+    ) -> tuple[str, Mapping[str, Listed]]:
+        """Upload `items`, then commit them onto `head`, which holds `files`; the commit, and all it holds."""
         operations: list[Operation] = []
+        self._begin(items)
         weights = [item for item in items if is_weights(item.path_in_repo)]
         beside = [item for item in items if item not in weights]
         if beside:
@@ -218,9 +247,13 @@ class Upload:
             operations += self._upload([item], f"'{item.path_in_repo}'")
         self._session.progress.step("commit", self._publication.name)
         title = description.weights_title(self._publication)
-        commit = self._commit(items, operations, title, parent=None)
-        self._sent += [item.path_in_repo for item in items]
-        return commit
+        commit = self._commit(items, operations, title, _Onto(head, files))
+        self._new += [item.path_in_repo for item in items]
+        return commit, listing(self._place, self._session.patience, commit)
+
+    def _begin(self, items: Sequence[Item]) -> None:
+        """Count anew: `items` are what is sent from here on."""
+        self._sending = Sending(self._session.progress, sum(map(self._size, items)))
 
     def _size(self, item: Item) -> int:
         return self._session.sums.of(item.source).bytes
@@ -228,13 +261,13 @@ class Upload:
     def _upload(self, items: Sequence[Item], what: str) -> list[CommitOperationAdd]:
         """The contents are at the Hub, in no commit yet; those of a few kB go along with the commit."""
         operations = [self._operation(item) for item in items]
-        send = partial(
-            self._place.api.preupload_lfs_files,
-            self._publication.repo,
-            additions=operations,
-            revision=self._revision,
-            num_threads=1,
-        )
+
+        def send() -> None:
+            with self._sending.trying():
+                self._place.api.preupload_lfs_files(
+                    self._publication.repo, additions=operations, revision=self._revision, num_threads=1
+                )
+
         doing = f"uploading {what}"
         try:
             self._session.patience.attempt(send, self._place, doing)
@@ -247,10 +280,11 @@ class Upload:
                     remedy=f"{MAKE_ANEW}, and let nothing else write to it",
                 )
             self._uploaded.add(item.path_in_repo)
+        self._sending.arrived(sum(map(self._size, items)))
         return operations
 
     def _operation(self, item: Item) -> CommitOperationAdd:
-        operation = CommitOperationAdd(item.path_in_repo, item.source)
+        operation = self._sending.operation(item.path_in_repo, item.source)
         # known already: the client reads a file once less
         operation.upload_info.sha256 = bytes.fromhex(self._session.sums.of(item.source).sha256)
         return operation
@@ -294,14 +328,15 @@ class Upload:
         if not changed and not deleted:
             return str(remote.head), ()
         session.progress.step("commit", f"{publication.name}: card and reports")
+        self._begin(changed)
         operations: list[Operation] = [self._operation(item) for item in changed]
         operations += [CommitOperationDelete(path) for path in deleted]
         title = description.card_title(publication)
-        commit = self._commit(changed, operations, title, parent=remote.head, deleted=deleted)
+        commit = self._commit(changed, operations, title, _Onto(str(remote.head)), deleted)
         files = listing(self._place, session.patience, commit)
         for item in self._missing(changed, files):
             raise self._damaged(item, files.get(item.path_in_repo))
-        self._sent += [item.path_in_repo for item in changed]
+        self._new += [item.path_in_repo for item in changed]
         return commit, deleted
 
     # -- commits
@@ -311,8 +346,7 @@ class Upload:
         items: Sequence[Item],
         operations: list[Operation],
         title: str,
-        *,
-        parent: str | None,
+        onto: _Onto,
         deleted: Sequence[str] = (),
     ) -> str:
         """Commit, and after a failure look whether it is there all the same."""
@@ -325,14 +359,14 @@ class Upload:
         failed = 0
         while True:
             try:
-                with session.patience.heard():
+                with session.patience.heard(), self._sending.trying():
                     made = self._place.api.create_commit(
                         self._publication.repo,
                         operations,
                         commit_message=title,
                         commit_description=told,
                         revision=self._revision,
-                        parent_commit=parent,
+                        parent_commit=onto.parent,
                     )
                 return made.oid
             except FAILURES as error:
@@ -344,12 +378,13 @@ class Upload:
                     )
                     return head
                 failed += 1
-                if parent is not None and refusals.status_of(error) == STALE and failed < TRIES:
-                    parent = self._moved(parent)
+                if refusals.status_of(error) == STALE and failed < TRIES:
+                    onto = self._moved(onto, items)
                     continue
                 if failed == TRIES or refusals.hopeless(error):
                     raise failed_for_good(error, self._place, doing, self._state()) from error
                 if refusals.status_of(error) == _INVALID:  # it lost an object: send all again
+                    self._begin(items)
                     operations = [
                         *(self._operation(item) for item in items),
                         *(CommitOperationDelete(path) for path in deleted),
@@ -366,20 +401,30 @@ class Upload:
         done = self._all_there(items, files) and not any(path in files for path in deleted)
         return head if done else None
 
-    def _moved(self, parent: str) -> str:
-        """The new head, where nobody but this push committed since `parent`; HubError otherwise."""
+    def _moved(self, onto: _Onto, items: Sequence[Item]) -> _Onto:
+        """Where to commit now that somebody else did since; HubError where that has to be looked at.
+
+        Weights go onto everything that left their names alone. What describes them is made anew after another
+        push of this account.
+        """
         since: list[GitCommitInfo] = []
         for commit in history(self._place, self._session.patience, self._revision):
-            if commit.commit_id == parent:
+            if commit.commit_id == onto.parent:
                 break
             since.append(commit)
-        name = self._place.account
-        ours = (description.weights_title(self._publication), description.card_title(self._publication))
-        if since and all(c.title in ours and name in c.authors for c in since):
-            files = listing(self._place, self._session.patience, since[0].commit_id)
-            if self._all_there(self._publication.weights, files):
-                return since[0].commit_id
-        raise self._changed(parent, since)
+        if not since:
+            raise self._changed(onto.parent)
+        files = listing(self._place, self._session.patience, since[0].commit_id)
+        if onto.files is not None:
+            others = [i.path_in_repo for i in self._missing(items, files) if i.path_in_repo in files]
+            if all(files[path] == onto.files.get(path) for path in others):
+                return _Onto(since[0].commit_id, files)
+        elif self._all_there(self._publication.weights, files) and all(map(self._is_of_a_push, since)):
+            raise _Overtaken
+        raise self._changed(onto.parent, since)
+
+    def _is_of_a_push(self, commit: GitCommitInfo) -> bool:
+        return self._place.account in commit.authors and description.is_title(commit.title)
 
     def _changed(self, parent: str, since: Sequence[GitCommitInfo] = ()) -> QuantkitError:
         who = ""

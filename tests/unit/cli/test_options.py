@@ -152,7 +152,22 @@ def test_the_list_of_options_is_deliberate() -> None:
     assert names("plan") == shared
     assert names("convert") == shared | {
         "--dry-run", "--only", "--skip", "--restart", "--push", "--token-file",
+        "--replace", "--replace-card", "--prune", "--yes",
     }  # fmt: skip
+    everywhere = {"--json", "--progress", "--quiet", "--verbose", "--no-color", "--log-file"}
+    assert names("push") == everywhere | {
+        "--dry-run", "--only", "--replace", "--replace-card", "--prune", "--yes", "--no-engine", "--repo",
+        "--visibility", "--layout", "--branch", "--create-pr", "--tag", "--base-model", "--license",
+        "--license-confirmed", "--notes", "--token-file",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["--replace", "--replace-card", "--prune", "--yes"])
+def test_what_is_for_a_push_needs_one(quantkit: Callable[..., Any], name: str) -> None:
+    shown = quantkit("convert", "x", "--to", "gptq", name, "--repo", "alice/x")
+    assert shown.code == 2
+    assert f"{name} is for what is published, and nothing is" in shown.err
+    assert "add --push" in shown.err and "--on-exists replace" in shown.err
 
 
 def test_ctrl_c_once_asks_and_twice_stops() -> None:

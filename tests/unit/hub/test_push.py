@@ -385,7 +385,9 @@ def test_visibility_is_never_changed_silently(lfs: HubServer, tmp_path: Path) ->
     assert not lfs.repo(REPO).private
     lfs.add("alice/other", {"secret": b"x"}, private=True)
     then = Publish("alice/other", visibility="private-then-public")
-    with pytest.raises(UsageError, match=r"would become public with 1 file .*first: 'secret'"):
+    with pytest.raises(
+        UsageError, match=r"would become public with .*: 1 file on main \(1 B, first: 'secret'\)"
+    ):
         push(how=then)
     assert lfs.repo("alice/other").private and "README.md" not in lfs.repo("alice/other").files()
     push(how=then, confirmed=True)

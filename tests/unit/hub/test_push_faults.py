@@ -194,7 +194,11 @@ def test_what_became_of_each_file_is_told(hub: HubServer, tmp_path: Path) -> Non
     assert lines[0].startswith(f"Cannot reach {hub.url} while uploading 'Tiny-Q4_K_M.gguf'")
     assert "  LICENSE: uploaded" in lines and "  Tiny-Q4_K_M.gguf: not uploaded" in lines
     again = f"quantkit push {tmp_path}/out/gguf-q4_k_m --repo {REPO} --visibility private-then-public"
-    assert lines[-1].endswith(f"{again} --layout branches --branch gguf-q4_k_m")
+    again += " --layout branches --branch gguf-q4_k_m"
+    assert lines[-1].endswith(again)
+    with pytest.raises(HubError) as caught:
+        push(replace=True, prune=True, confirmed=True)
+    assert str(caught.value).endswith(f"{again} --replace --prune --yes")
 
 
 def test_bytes_that_arrive_damaged_are_sent_again(hub: HubServer, tmp_path: Path) -> None:

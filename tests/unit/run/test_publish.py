@@ -50,11 +50,30 @@ def without_a_card(hub: HubServer, **files: bytes) -> Origin:
     return dataclasses.replace(ORIGIN, id="org/nested", revision=commit, card={})
 
 
+def test_what_did_not_verify_is_not_published(tmp_path: Path) -> None:
+    for name in ("gptq-w4g128", "gptq-w8.partial"):
+        gptq(tmp_path, name)
+    assert [folder.name for folder, _ in publishing._targets([tmp_path], ())] == ["gptq-w4g128"]
+    with pytest.raises(UsageError, match=r"gptq-w8\.partial` was not finished, or .* did not verify"):
+        publishing._targets([tmp_path / "gptq-w8.partial"], ())
+    with pytest.raises(UsageError, match="holds nothing that quantkit made"):
+        publishing._targets([tmp_path / "absent"], ())
+
+
 def test_the_card_of_a_repository_counts_for_its_folders(hub: HubServer) -> None:
     source = without_a_card(hub, **{"README.md": b"---\nlicense: cc-by-nd-4.0\n---\n"})
     found = judged(source, connect(hub.url, ALICE))
     assert found.id == "cc-by-nd-4.0"
     assert found.blockers and "forbids to share derivatives" in found.blockers[0]
+
+
+def test_a_card_without_a_licence_does_not_hide_that_of_the_repository(hub: HubServer) -> None:
+    source = without_a_card(hub, **{"README.md": b"---\nlicense: cc-by-nd-4.0\nlanguage: en\n---\n"})
+    nested = dataclasses.replace(source, card={"tags": ["fp8"], "language": ["de"]})
+    assert judged(nested, connect(hub.url, ALICE)).blockers
+    asked = len(hub.log)
+    assert judged(dataclasses.replace(source, card={"license": "mit"}), connect(hub.url, ALICE)).id == "mit"
+    assert not any("README" in line for line in hub.log[asked:])
 
 
 def test_a_repository_without_a_card_states_no_licence(hub: HubServer) -> None:
@@ -105,6 +124,7 @@ def test_a_template_with_a_mark_of_ours_is_left_out(own: tuple[Path, Publication
 def test_whose_repository_it_is_does_not_matter_to_a_pull_request(hub: HubServer, tmp_path: Path) -> None:
     source = byte_tokenizer(save_tiny("llama", tmp_path / "source", hidden_size=256, vocab_size=448))
     made = plan(Recipe(source=str(source), targets=parse_targets("gguf:q8_0"), eval=Eval(perplexity=())))
+    hub.add("bob/theirs", {"x": b"x"}, private=False)
     how = Publish("bob/theirs", license="mit", base_model="org/tiny", create_pr=True)
     publishing.check_ready(how, made, token=ALICE, endpoint=hub.url)
     with pytest.raises(HubError, match="alice may not write to bob/theirs: it may write to alice, acme"):
