@@ -13,6 +13,8 @@ from quantkit.gguf.files import NO_MODEL, PASSED_OVER, SHARD
 from quantkit.hub.manifest import MANIFEST
 
 _CARD = "README.md"
+# What lies in the root of a repository and holds for all in it, of each kind what begins so
+_OF_ALL = ("LICENSE", "NOTICE", "USE_POLICY", _CARD)
 _GGUF = ".gguf"
 _SHARD = re.compile(SHARD.pattern, re.IGNORECASE)
 _TAG = re.compile(
@@ -38,8 +40,13 @@ class Choice:
         return {name for name in inside if "/" not in name}
 
     def small(self, names: Collection[str]) -> list[str]:
-        """What belongs to the model beside its weights: configuration, tokenizer, licence, card."""
-        return sorted(self.folder + name for name in self.beside(names) if _is_small(name))
+        """What belongs to the model beside its weights: configuration, tokenizer, licence, card.
+
+        A sub-folder without a licence or card of its own has those of the root.
+        """
+        beside = self.beside(names)
+        own = [self.folder + name for name in beside if _is_small(name)]
+        return sorted([*own, *(of_root(beside, Choice("").beside(names)) if self.folder else ())])
 
 
 def choose(repo: str, names: Collection[str], which: str | None) -> Choice:
@@ -73,6 +80,19 @@ def choose(repo: str, names: Collection[str], which: str | None) -> Choice:
             remedy=f"name the file, as {repo}:{found[0].gguf[0]}",
         )
     return found[0]
+
+
+def of_root(beside: Collection[str], root: Collection[str]) -> list[str]:
+    """Those of the names in the `root` of a repository that hold for a sub-folder with the names `beside`.
+
+    Licence, notice, use policy and card: each kind of which the sub-folder has none.
+    """
+    lacking = [kind for kind in _OF_ALL if not any(_is_of(name, kind) for name in beside)]
+    return sorted(name for name in root if any(_is_of(name, kind) for kind in lacking))
+
+
+def _is_of(name: str, kind: str) -> bool:
+    return name == kind or (folder.is_terms(name) and name.startswith(kind))
 
 
 def _only(repo: str, names: Collection[str], inside: str = "") -> Choice:

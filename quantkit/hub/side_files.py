@@ -1,7 +1,9 @@
-"""JSON files of a source without what only says where on somebody's machine something lay.
+"""What lies beside the weights of a source: its licence and card, and JSON files as they may be published.
 
-Nothing reads these keys again: transformers overwrites them with where it found the files. Everything else
-stays byte for byte.
+The licence and the card of a repository lie in its root and hold for its sub-folders, too.
+
+JSON files go without what only says where on somebody's machine something lay. Nothing reads these keys
+again: transformers overwrites them with where it found the files. Everything else stays byte for byte.
 """
 
 from __future__ import annotations
@@ -9,8 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from quantkit.checkpoint import card, folder
+from quantkit.hub import selection
 
 # Keys are tokens or tensors there, so none of them means what it says.
 VOCABULARY = re.compile(
@@ -25,6 +30,52 @@ _PATH_KEY = re.compile(
     r"(^|_)(path|paths|file|files|dir|folder|directory|checkpoint)$|^(dataset|tokenizer|tokenizer_name|processor)$"
 )
 _DECODER = json.JSONDecoder()
+_CARD = "README.md"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def terms(model: Path) -> list[Path]:
+    """The files that say under which terms a model, a folder or a GGUF file, may be used.
+
+    Beside a GGUF file they count in the client's cache alone: elsewhere a folder holds anything.
+    """
+    if model.is_file() and _root(model) is None:
+        return []
+    return [path for path in _of_all(model) if folder.is_terms(path.name)]
+
+
+def card_file(model: Path) -> Path | None:
+    """The card of a model, a folder or a GGUF file; None where it has none."""
+    return next((path for path in _of_all(model) if path.name == _CARD), None)
+
+
+def card_of(model: Path) -> dict[str, Any]:
+    """What the card of a model says, as `card.inherited` gives it; links are from the repository's root."""
+    found = card_file(model)
+    said = {} if found is None else card.inherited(card.read(found))
+    root, link = _root(model), said.get("license_link")
+    if found is not None and root is not None and link in _files(found.parent):
+        said["license_link"] = (found.parent.relative_to(root) / link).as_posix()
+    return said
+
+
+def _of_all(model: Path) -> list[Path]:
+    """Terms and cards of a model: those of its folder and, of the kinds it lacks, of its repository."""
+    here, root = model if model.is_dir() else model.parent, _root(model)
+    own = _files(here)
+    above = {} if root is None or root == here else _files(root)
+    return [*own.values(), *(above[name] for name in selection.of_root(own, above))]
+
+
+def _files(path: Path) -> dict[str, Path]:
+    return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+
+
+def _root(model: Path) -> Path | None:
+    """The root of the repository that holds a model, by the client's layout of its cache."""
+    return next(
+        (p for p in model.parents if p.parent.name == "snapshots" and _COMMIT.fullmatch(p.name)), None
+    )
 
 
 def scrubbed_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import ShardedWriter, ShardPlan
 from quantkit.errors import CoverageError, SourceError, UsageError, VerifyError
 from quantkit.hub.manifest import MANIFEST, FileSum, Manifest, read_manifest
-from quantkit.hub.side_files import cleaned, scrubbed_config
+from quantkit.hub.side_files import cleaned, scrubbed_config, terms
 from quantkit.model.graph import ModelGraph
 from quantkit.protocols import Assigned
 from quantkit.run import gguf
@@ -103,7 +103,8 @@ class Exporter:
         for name, content in target.format.side_files(config).items():
             write_text(folder / name, to_json_text(content))
         try:
-            for file in self.checkpoint.extras():
+            beside = (*self.checkpoint.extras(), *terms(self.checkpoint.path))
+            for file in {file.name: file for file in beside}.values():
                 (folder / file.name).write_bytes(cleaned(file.name, file.read_bytes()))
         except OSError as error:
             raise write_error(error, folder, needed=0) from error

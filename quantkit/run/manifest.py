@@ -7,11 +7,11 @@ import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping
 
-from quantkit.checkpoint import card
 from quantkit.checkpoint.header import NAMES
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.hub.fetch import Source
 from quantkit.hub.manifest import Kept, Origin, pattern_of
+from quantkit.hub.side_files import card_of
 from quantkit.model.graph import Block, ModelGraph
 from quantkit.recipe.anonymous import anonymous
 from quantkit.recipe.dump import dump
@@ -28,7 +28,6 @@ _CACHE_ITEM = 2  # bytes of a number of the key-value cache in 16 bits
 
 def origin(source: Source, checkpoint: Checkpoint, graph: ModelGraph, fingerprint: str) -> Origin:
     """The checkpoint that is quantized, and what its model card says."""
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     architectures = checkpoint.config.get("architectures") or [""]
     size, count = checkpoint.size_bytes, parameters(checkpoint, graph)
     return Origin(
@@ -44,7 +43,7 @@ def origin(source: Source, checkpoint: Checkpoint, graph: ModelGraph, fingerprin
         context=_context(checkpoint),
         cache_bytes=_cache_bytes(checkpoint, graph),
         quantized=_quantized(checkpoint),
-        card=card.inherited(card.read(folder / "README.md")),
+        card=card_of(checkpoint.path),
     )
 
 

@@ -131,8 +131,9 @@ def _ollama(page: Page, variant: Variant) -> str:
 def _lm_studio(page: Page, variant: Variant) -> str:
     if not page.public or variant.branch is not None:
         return ""
-    which = f"@{variant.tag.lower()}" if variant.tag is not None else ""
-    return fenced(shlex.join(["lms", "get", f"{page.repo}{which}"]), "sh")
+    # by its address: short names are looked up in LM Studio's own catalogue
+    which = f"@{variant.tag}" if variant.tag is not None else ""
+    return fenced(shlex.join(["lms", "get", f"{PUBLIC}/{page.repo}{which}"]), "sh")
 
 
 def _vllm(page: Page, variant: Variant) -> str:

@@ -1,4 +1,8 @@
-"""A card beside a person's own text: our part stands between two marks, all else is theirs."""
+"""A card beside a person's own text: our part stands between two marks, all else is theirs.
+
+Within our part are notes, also theirs, between two marks of their own: they come from a file that a push was
+given, or from whoever edited them since.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,40 @@ from quantkit.hub.card import front_matter
 from quantkit.hub.card.front_matter import DIGEST, Written
 
 MARK = "<!-- quantkit:"
+_ORDER = "\ufeff"  # byte order mark
 _BEGIN = re.compile(r"^<!-- quantkit:begin\b[^\r\n]*?-->[ \t]*(?=\r?$)", re.MULTILINE)
 _END = re.compile(r"^<!-- quantkit:end -->[ \t]*(?=\r?$)", re.MULTILINE)
 _SUM = re.compile(r"<!-- quantkit:begin sha256=([0-9a-f]{64})(?![^ ])")
+_NOTES = re.compile(
+    r"^<!-- quantkit:notes:begin\b(?P<said>[^\r\n]*?)-->[ \t]*\r?\n"
+    r"(?P<text>.*?)^<!-- quantkit:notes:end -->[ \t]*(?=\r?$)",
+    re.MULTILINE | re.DOTALL,
+)
+_NOTES_SUM = re.compile(r" sha256=([0-9a-f]{64}) ")
 # what of the metadata we wrote: `front=license:1a2b3c,tags:1a2b3c4d5e6f`, one digest behind another
 _FRONT = re.compile(r" front=([\w:,]*)")
 _DIGESTS = re.compile(rf"(?:[0-9a-f]{{{DIGEST}}})+")
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """Markdown of the publisher's own within our part.
+
+    written  sha256 of what a push was given last; not that of `text`: a person edited it since
+    """
+
+    text: str
+    written: str
+
+    @property
+    def edited(self) -> bool:
+        return _sha256(self.text) != self.written
+
+    @property
+    def marked(self) -> str:
+        return (
+            f"<!-- quantkit:notes:begin sha256={self.written} -->\n{self.text}\n<!-- quantkit:notes:end -->"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +61,39 @@ class _Block:
     written: Written
 
 
-def marked(body: str) -> str:
-    """`body` between our marks; UsageError when it holds one itself."""
-    if MARK in body:
+def notes(given: str | None, existing: str | None, *, replace: bool = False) -> Notes | None:
+    """The notes that go into the card: those `given`; where that is None, or was written before, those there.
+
+    An empty text removes them. UsageError when others were written there and a person edited them since,
+    unless `replace`.
+    """
+    there = None if existing is None else _notes_of(existing)
+    if given is None:
+        return there
+    text = _plain(given)
+    new = Notes(text, _sha256(text))
+    if there is not None and there.edited and there.text != text and not replace:
+        if there.written == new.written:
+            return there
+        raise UsageError(
+            "README.md: the notes were edited there since quantkit wrote them, and would be lost",
+            remedy="copy them into the file of --notes (publish.card.notes), or leave it out and they stay, "
+            "or give --replace-card",
+        )
+    return new if text else None
+
+
+def marked(body: str, notes: Notes | None = None) -> str:
+    """`body`, which shows `notes`, between our marks; UsageError when it holds a mark itself."""
+    own = "" if notes is None else notes.text
+    if MARK in own or MARK in (body if notes is None else body.replace(notes.marked, "", 1)):
         raise UsageError(
             f"the card would hold `{MARK}…`, by which quantkit finds its own part again",
             remedy="take it out of the notes, the recipe or the chat template",
         )
     # as it will be read again, whatever line ends an editor or a checkout gives it
     inner = body.replace("\r\n", "\n").replace("\r", "\n").strip("\n") + "\n"
-    return f"<!-- quantkit:begin sha256={_sha256(inner)} -->\n{inner}<!-- quantkit:end -->\n"
+    return f"<!-- quantkit:begin sha256={_sum(inner)} -->\n{inner}<!-- quantkit:end -->\n"
 
 
 def merge(generated: str, existing: str | None, *, replace: bool = False) -> str:
@@ -50,12 +105,12 @@ def merge(generated: str, existing: str | None, *, replace: bool = False) -> str
     ours = front_matter.find(generated)
     if ours is None:
         raise ValueError("a generated card has metadata")
-    if existing is None or not existing.removeprefix("\ufeff").strip():
+    if existing is None or not existing.removeprefix(_ORDER).strip():
         alone = front_matter.merged(ours.yaml, "", made_before=False)
         return f"---\n{ours.yaml}---\n{_stamped(ours.rest, alone.written)}"
     newline = "\r\n" if re.search(r"\A[^\n]*\r\n", existing) else "\n"
     theirs = _front_matter(existing, replace)
-    text = existing.removeprefix("\ufeff") if theirs is None else theirs.rest
+    text = existing.removeprefix(_ORDER) if theirs is None else theirs.rest
     blocks = _blocks(text, replace)
     front = front_matter.merged(
         ours.yaml,
@@ -64,6 +119,8 @@ def merge(generated: str, existing: str | None, *, replace: bool = False) -> str
         before=blocks[0].written if blocks else front_matter.NOTHING,
     )
     head = f"---\n{front.yaml}---\n".replace("\n", newline)
+    if existing.startswith(_ORDER):
+        head = _ORDER + head
     if theirs is None:
         # a paragraph that begins right behind the metadata reads as before
         head += newline
@@ -131,7 +188,7 @@ def _blocks(text: str, replace: bool) -> list[_Block]:
             continue
         inner = text[begin.end() : end.start()].replace("\r\n", "\n").removeprefix("\n")
         said = _SUM.match(begin[0])
-        unchanged = said is not None and said[1] == _sha256(inner)
+        unchanged = said is not None and said[1] == _sum(inner)
         found.append(_Block(begin.start(), end.end(), unchanged, _stamp(begin[0])))
         position = end.end()
     stray = not found and _END.search(text) is not None
@@ -143,5 +200,27 @@ def _blocks(text: str, replace: bool) -> list[_Block]:
     return found
 
 
-def _sha256(inner: str) -> str:
-    return hashlib.sha256(inner.encode()).hexdigest()
+def _notes_of(existing: str) -> Notes | None:
+    """What stands between the marks of the notes in our part; None without them."""
+    found = front_matter.find(existing)
+    text = existing if found is None else found.rest
+    for block in _blocks(text, replace=True):
+        if (inside := _NOTES.search(text, block.start, block.end)) is not None:
+            written = _NOTES_SUM.match(inside["said"])
+            return Notes(_plain(inside["text"]), "" if written is None else written[1])
+    return None
+
+
+def _plain(text: str) -> str:
+    """Notes without what an editor or a checkout may do to them."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return lines.strip("\n") if lines.strip() else ""
+
+
+def _sum(inner: str) -> str:
+    """Of our part, whatever stands in the notes."""
+    return _sha256(_NOTES.sub("<!-- quantkit:notes -->", inner, count=1))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

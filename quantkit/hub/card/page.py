@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from quantkit.errors import UsageError
 from quantkit.gguf.files import SHARD
+from quantkit.hub.card.own_text import Notes
 from quantkit.hub.manifest import Check, FileSum, Manifest, Origin
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Page:
 
     repo       ``name/model``
     variants   what lies in this branch; none in the main branch of a repository of branches
-    notes      Markdown of the publisher's own
+    notes      Markdown of the publisher's own; an empty text shows nothing, and the place stays
     changes    lines of the history, newest first
     branch     the branch that this card is for, None: main
     siblings   what lies in other branches; main lists it, the card of a branch points to main
@@ -84,7 +85,7 @@ class Page:
     variants: tuple[Variant, ...]
     publisher: str | None
     licence: Licence
-    notes: str | None = None
+    notes: Notes | None = None
     changes: tuple[str, ...] = ()
     branch: str | None = None
     siblings: tuple[Variant, ...] = ()

@@ -22,7 +22,7 @@ def render(page: Page, plot: str | None = None) -> str:
     UsageError when notes, recipe or chat template hold a mark of ours.
     """
     body = _template().render(_values(page, plot))
-    return f"{metadata.front_matter(page)}\n{marked(body)}"
+    return f"{metadata.front_matter(page)}\n{marked(body, page.notes)}"
 
 
 @cache
@@ -62,7 +62,8 @@ def _values(page: Page, plot: str | None) -> dict[str, Any]:
         "memory": memory.memory_table(page) if whole else "",
         "memory_title": "Which one to take" if len(page.listed) > 1 else "Memory",
         "memory_notes": memory.assumptions(page),
-        "notes": (page.notes or "").strip("\r\n"),
+        "notes": page.notes.marked if page.notes is not None else "",
+        "notes_title": "Notes" if page.notes is not None and page.notes.text else "",
         "making": making.facts(page),
         "kept": making.kept_tables(page),
         "recipes": making.recipes(page),
@@ -143,7 +144,10 @@ def _licence(page: Page) -> str:
             else page.url(page.repo, "blob", page.branch or "main", found.link)
         )
         named = f" ({link(text(found.name or found.link), target)})"
-    licence = f"Licence: {stated}{named}." if stated else "Licence: not stated by the source."
+    unstated = (
+        "not known, for the card of the source cannot be read" if found.unread else "not stated by the source"
+    )
+    licence = f"Licence: {stated}{named}." if stated else f"Licence: {unstated}."
     gated = " Access to the source is gated." if found.gated else ""
     origin = f" The original card: {' and '.join(bases)}." if bases else ""
     return f"{licence}{gated}{origin}"

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from quantkit.errors import UsageError
-from quantkit.hub.card import Page, engines, markdown, metadata, numbers, render
+from quantkit.hub.card import Page, engines, markdown, metadata, numbers, own_text, render
 from quantkit.hub.card.memory import OVERHEAD, needed
 from quantkit.hub.manifest import Kept
 from tests import cards
@@ -139,7 +139,7 @@ def test_verdicts_give_way_to_measurements() -> None:
     [
         ("llama.cpp", "llama-server -hf alice/Tiny-1B-Instruct-GGUF:Q4_K_M"),
         ("Ollama", "ollama run hf.co/alice/Tiny-1B-Instruct-GGUF:Q4_K_M"),
-        ("LM Studio", "lms get alice/Tiny-1B-Instruct-GGUF@q4_k_m"),
+        ("LM Studio", "lms get https://huggingface.co/alice/Tiny-1B-Instruct-GGUF@Q4_K_M"),
     ],
 )
 def test_commands_for_gguf(engine: str, command: str) -> None:
@@ -297,14 +297,16 @@ def test_a_local_source_is_called_by_name() -> None:
 
 
 def test_notes_template_changes_and_licence() -> None:
-    notes = "Some *words* of mine | with a bar\n\n<b>and HTML</b>"
+    notes = own_text.notes("Some *words* of mine | with a bar\n\n<b>and HTML</b>\n", None)
+    assert notes is not None
     licence = dataclasses.replace(cards.LICENCE, id="other", name="tiny", link="LICENSE", more=("mit",))
     text = render(
         cards.page(
             notes=notes, template="```\n<|user|>hi\n```", changes=("second", "first | one"), licence=licence
         )
     )
-    assert section(text, "Notes").strip() == notes
+    assert section(text, "Notes").strip() == notes.marked
+    assert notes.marked.split("\n")[1:-1] == ["Some *words* of mine | with a bar", "", "<b>and HTML</b>"]
     assert "````\n```\n<|user|>hi\n```\n````" in section(text, "Prompt and context")
     assert section(text, "Changes").strip() == "- second\n- first \\| one"
     assert "other, mit ([tiny](https://huggingface.co/alice/Tiny-1B-Instruct-GGUF/blob/main/LICENSE))" in text
@@ -317,7 +319,10 @@ def test_notes_template_changes_and_licence() -> None:
 
 def test_our_marks_cannot_be_smuggled_in() -> None:
     with pytest.raises(UsageError, match="quantkit finds its own part"):
-        render(cards.page(notes="<!-- quantkit:end -->"))
+        render(cards.page(notes=own_text.notes("<!-- quantkit:end -->", None)))
+    mark = own_text.Notes("x", "").marked
+    with pytest.raises(UsageError, match="quantkit finds its own part"):
+        render(cards.page(cards.variant(cards.manifest(recipe=f"a: |\n{mark}\n"))))
 
 
 HOSTILE = "`|x|</td><script>alert(1)</script>\n| evil | row |\n**b** [c](javascript:d) ${{7*7}} {{ 7*7 }}"
@@ -408,7 +413,10 @@ def test_model_index_has_an_entry_per_file_with_the_measured_values() -> None:
     [
         ({"format": "gptq", "scheme": "w4g128", "engines": ("transformers+gptqmodel",)}, "transformers",
          {"gptq", "4-bit"}),
-        ({"format": "gptq", "scheme": "w8g128", "engines": ("gptqmodel", "vLLM")}, "vllm", {"gptq", "8-bit"}),
+        ({"format": "gptq", "scheme": "w8g128", "engines": ("gptqmodel", "vLLM")}, "transformers",
+         {"gptq", "8-bit"}),
+        ({"format": "compressed_tensors", "scheme": "fp8", "engines": ()}, "transformers",
+         {"compressed-tensors", "8-bit", "fp8"}),
         ({"format": "hqq", "scheme": "w4g64_asymf", "engines": ("hqq",)}, "hqq", {"hqq", "4-bit"}),
         ({"format": "compressed_tensors", "scheme": "nvfp4", "engines": ("transformers",)}, "transformers",
          {"compressed-tensors", "4-bit", "nvfp4"}),
@@ -425,6 +433,29 @@ def test_paths_of_the_machine_are_not_inherited() -> None:
     found = front(text)
     assert found["tags"] == ["quantkit", "gguf", "ok", "conversational"] and found["language"] == ["en"]
     assert "datasets" not in found and "/home/bob" not in text
+
+
+def test_what_is_not_valid_is_not_inherited() -> None:
+    """Also where an older quantkit.json holds it as it was written."""
+    card = {
+        "pipeline_tag": "<script>",
+        "language": ["<b>", "en"],
+        "datasets": ["x y", "a/b/c", "org/texts"],
+        "tags": ["a\x00b", "ok"],
+    }
+    text = render(cards.page(cards.variant(cards.manifest(source={"card": card}))))
+    found = front(text)
+    assert found["pipeline_tag"] == "text-generation" and found["language"] == ["en"]
+    assert found["datasets"] == ["org/texts"] and found["tags"] == ["quantkit", "gguf", "ok"]
+    assert metadata.problems(text) == []
+
+
+def test_a_licence_that_could_not_be_read() -> None:
+    unread = dataclasses.replace(cards.LICENCE, id=None, unread=True)
+    text = render(cards.page(licence=unread))
+    assert "Licence: not known, for the card of the source cannot be read." in text
+    assert "not stated" not in text
+    assert "Licence: apache-2.0." in render(cards.page(licence=dataclasses.replace(unread, id="apache-2.0")))
 
 
 def branches() -> list[cards.Variant]:

@@ -15,7 +15,7 @@ from quantkit.checkpoint.card import listed
 from quantkit.errors import UsageError
 from quantkit.hub.card import render
 from quantkit.hub.card.front_matter import find
-from quantkit.hub.card.own_text import marked, merge
+from quantkit.hub.card.own_text import marked, merge, notes
 from tests import cards
 
 CARD = merge(render(cards.page()), None)
@@ -188,9 +188,16 @@ def test_a_rule_is_no_metadata() -> None:
 )
 def test_odd_metadata(text: str) -> None:
     made = merge(CARD, text)
-    assert "words\n" in made and front(made)["library_name"] == "gguf" and not made.startswith("\ufeff")
+    assert "words\n" in made and front(made)["library_name"] == "gguf"
     assert ("# only a comment" in made) == ("comment" in text)
     assert merge(CARD, made) == made
+
+
+@pytest.mark.parametrize("text", [PERSON, PERSON.replace("\n", "\r\n"), "Words alone.\n", CARD])
+def test_a_byte_order_mark_stays_where_it_is(text: str) -> None:
+    made = merge(NEWER, "\ufeff" + text)
+    assert made == "\ufeff" + merge(NEWER, text)
+    assert merge(NEWER, made) == made and made.count("\ufeff") == 1
 
 
 @pytest.mark.parametrize(
@@ -343,6 +350,19 @@ PIECES = st.sampled_from(
     ]
 )
 BARE = render(cards.page(cards.variant(cards.manifest(quality=()))))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(PIECES, max_size=6).map("".join), st.lists(PIECES, max_size=6).map("".join))
+def test_notes_are_read_back_as_they_were_given(given: str, around: str) -> None:
+    own = notes(given, None)
+    quiet = cards.page(cards.variant(cards.manifest(quality=())), notes=own)
+    made = merge(render(quiet), f"{around}\n{CARD}" if "---" not in around else CARD)
+    for there in (made, made.replace("\r\n", "\n").replace("\n", "\r\n")):
+        assert notes(None, there) == own == notes(given, there)
+        assert (own is None) == (given.strip() == "") == ("## Notes" not in there)
+        other = notes("other", there)
+        assert other is not None and other.text == "other" and not other.edited
 
 
 @settings(max_examples=100, deadline=None)

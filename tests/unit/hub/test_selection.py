@@ -76,7 +76,16 @@ def test_small_files_are_those_of_the_models_folder() -> None:
         "fp8/x/LICENSE",
     ]
     assert Choice("").small(names) == ["README.md", "config.json", "tokenizer.json"]
-    assert Choice("fp8/").small(names) == ["fp8/config.json", "fp8/tokenizer.json"]
+    assert Choice("fp8/").small(names) == ["README.md", "fp8/config.json", "fp8/tokenizer.json"]
+
+
+def test_a_sub_folder_has_the_terms_of_the_root_where_it_has_none() -> None:
+    terms = ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "README.md"]
+    root = [*FLAT, *terms[:3], "LICENSE.py", "fp8/config.json", "fp8/model.safetensors"]
+    assert Choice("fp8/").small(root) == sorted([*terms, "fp8/config.json"])
+    own = ["fp8/LICENSE", "fp8/README.md"]
+    assert Choice("fp8/").small([*root, *own]) == sorted(["NOTICE", "USE_POLICY.md", *own, "fp8/config.json"])
+    assert Choice("BF16/", tuple(SHARDED)).small([*root, *SHARDED]) == sorted(terms)
 
 
 def test_missing_shards() -> None:
