@@ -1,13 +1,7 @@
 """One publication: repository, branch, weights, verified, then what describes them.
 
-Weight files are sent one by one with `preupload_lfs_files`, what lies beside them at once, and all are
-committed together with `create_commit`, not with `upload_folder`: they lie in several folders and
-nothing is to be copied; each is tried again by us and told of by itself; content that arrived is never
-sent twice; and the branch changes in one step, in which `upload_folder` may make several. A card and
-what goes with it follow in a second commit, whose parent is the commit that was verified, so that
-nothing is described that is not there.
-
-After any failure the listing of the repository decides what is true, not the answer that was lost.
+A card and what goes with it follow the weights in a second commit, whose parent is the commit that was
+verified, so that nothing is described that is not there.
 """
 
 from __future__ import annotations
@@ -17,36 +11,22 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.hf_api import GitCommitInfo
-
-from quantkit.errors import HubError, QuantkitError, VerifyError
 from quantkit.hub.listing import Listed
-from quantkit.hub.push import access, description, preflight, pull_request, refusals
-from quantkit.hub.push.difference import MAKE_ANEW, nothing_to_do
-from quantkit.hub.push.patience import TRIES, failed_for_good
+from quantkit.hub.push import access, description, preflight, pull_request
+from quantkit.hub.push.branch import Branch, Onto, Overtaken
+from quantkit.hub.push.difference import nothing_to_do
+from quantkit.hub.push.patience import TRIES
 from quantkit.hub.push.preflight import Plan
-from quantkit.hub.push.publication import Item, is_weights
+from quantkit.hub.push.publication import Item
 from quantkit.hub.push.record import Entry
-from quantkit.hub.push.refusals import FAILURES, STALE
 from quantkit.hub.push.remote import (
     RemoteState,
     ensure,
     first_commit,
     has_branch,
-    history,
     is_gated,
-    list_tree,
-    listing,
-    look,
-    read_head,
 )
-from quantkit.hub.push.sent import Sending
 from quantkit.hub.push.session import Session
-from quantkit.recipe.sizes import format_size
-
-_INVALID = 400
-Operation = CommitOperationAdd | CommitOperationDelete
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +59,6 @@ class Done:
         }
 
 
-class _Overtaken(Exception):
-    """Another push of this account described the repository first."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Onto:
-    """What a commit goes on top of; `files`: what that holds, where more may have come since."""
-
-    parent: str
-    files: Mapping[str, Listed] | None = None
-
-
 class Upload:
     """Carries out one plan; `is_prepared`: one of the same repository was carried out before."""
 
@@ -102,8 +70,7 @@ class Upload:
         self._place = session.place(plan.publication)
         self._ensure = partial(ensure, self._place, session.patience)
         self._number = plan.pull_request
-        self._sending = Sending(session.progress, 0)
-        self._uploaded: set[str] = set()
+        self._branch = self._where()
         self._new: list[str] = []
         self._entry = Entry(self._place.api.endpoint, plan.publication.repo, plan.publication.revision)
 
@@ -141,31 +108,24 @@ class Upload:
         """The last commit, and what it deleted; made anew when another push of this account was faster."""
         for _ in range(TRIES):
             remote = self._look()
-            if remote.head != weights and not self._all_there(self._publication.weights, remote.files):
+            if remote.head != weights and self._branch.missing(self._publication.weights, remote.files):
                 break
-            with suppress(_Overtaken):
+            with suppress(Overtaken):
                 return self._card(remote)
-        raise self._changed(weights)
+        raise self._branch.changed(weights)
 
     @property
     def entry(self) -> Entry:
         """What the record says of this publication."""
         return self._entry
 
-    @property
-    def _revision(self) -> str:
-        if self._number is not None:
-            return pull_request.revision(self._number)
-        return self._publication.revision
+    def _where(self) -> Branch:
+        number = self._number
+        revision = self._publication.revision if number is None else pull_request.revision(number)
+        return Branch(self._session, self._publication, revision)
 
     def _look(self) -> RemoteState:
-        remote = look(self._publication, self._place, self._session.patience, revision=self._revision)
-        if remote.head is None:
-            raise HubError(
-                f"{self._publication.name} is not there any more.",
-                remedy=f"look at {self._place.url}, then: {self._place.resume}",
-            )
-        return preflight.as_left(self._session, self._publication, remote)
+        return preflight.as_left(self._session, self._publication, self._branch.look())
 
     # -- where it goes
 
@@ -201,6 +161,7 @@ class Upload:
         if self._number is None and not nothing_to_do(self._plan.rows):
             self._session.progress.step("push", f"opening a pull request at {self._publication.repo}")
             self._number = pull_request.open_draft(self._session, self._publication)
+            self._branch = self._where()
         self._keep("pull request")
 
     # -- weights
@@ -209,22 +170,22 @@ class Upload:
         """The commit at which all weights are verified."""
         weights = self._publication.weights
         head, files = str(remote.head), remote.files
-        missing = self._missing(weights, files)
+        missing = self._branch.missing(weights, files)
         if missing:
             rows = preflight.rows_of(self._session, self._publication, remote, ())
             for problem in preflight.foreign(self._session, self._publication, remote, rows):
                 raise problem
             head, files = self._sent(missing, head, files)
-            missing = self._missing(weights, files)
+            missing = self._branch.missing(weights, files)
         if missing:
             name = missing[0].path_in_repo
             self._session.progress.warn(
                 f"{self._publication.name}: '{name}' is listed with another content; sending it again"
             )
             head, files = self._sent(missing, head, files)
-            missing = self._missing(weights, files)
+            missing = self._branch.missing(weights, files)
         if missing:
-            raise self._damaged(missing[0], files.get(missing[0].path_in_repo))
+            raise self._branch.damaged(missing[0], files.get(missing[0].path_in_repo))
         self._session.progress.note(f"{self._publication.name}: all weights verified at {head[:7]}")
         return head
 
@@ -232,84 +193,12 @@ class Upload:
         self, items: Sequence[Item], head: str, files: Mapping[str, Listed]
     ) -> tuple[str, Mapping[str, Listed]]:
         """Upload `items`, then commit them onto `head`, which holds `files`; the commit, and all it holds."""
-        operations: list[Operation] = []
-        self._begin(items)
-        weights = [item for item in items if is_weights(item.path_in_repo)]
-        beside = [item for item in items if item not in weights]
-        if beside:
-            what = f"{len(beside)} files beside the weights" if len(beside) > 1 else beside[0].path_in_repo
-            size = format_size(sum(map(self._size, beside)))
-            self._session.progress.step("upload", f"{what} ({size})")
-            operations += self._upload(beside, what)
-        for n, item in enumerate(weights, 1):
-            what = f"{item.path_in_repo} ({format_size(self._size(item))}, {n} of {len(weights)})"
-            self._session.progress.step("upload", what)
-            operations += self._upload([item], f"'{item.path_in_repo}'")
+        operations = self._branch.send(items)
         self._session.progress.step("commit", self._publication.name)
         title = description.weights_title(self._publication)
-        commit = self._commit(items, operations, title, _Onto(head, files))
+        commit = self._branch.commit(items, operations, title, Onto(head, files))
         self._new += [item.path_in_repo for item in items]
-        return commit, listing(self._place, self._session.patience, commit)
-
-    def _begin(self, items: Sequence[Item]) -> None:
-        """Count anew: `items` are what is sent from here on."""
-        self._sending = Sending(self._session.progress, sum(map(self._size, items)))
-
-    def _size(self, item: Item) -> int:
-        return self._session.sums.of(item.source).bytes
-
-    def _upload(self, items: Sequence[Item], what: str) -> list[CommitOperationAdd]:
-        """The contents are at the Hub, in no commit yet; those of a few kB go along with the commit."""
-        operations = [self._operation(item) for item in items]
-
-        def send() -> None:
-            with self._sending.trying():
-                self._place.api.preupload_lfs_files(
-                    self._publication.repo, additions=operations, revision=self._revision, num_threads=1
-                )
-
-        doing = f"uploading {what}"
-        try:
-            self._session.patience.attempt(send, self._place, doing)
-        except FAILURES as error:
-            raise failed_for_good(error, self._place, doing, self._state()) from error
-        for item in items:
-            if not self._session.sums.unchanged(item.source):
-                raise VerifyError(
-                    f"`{item.place}` was written to while it was uploaded",
-                    remedy=f"{MAKE_ANEW}, and let nothing else write to it",
-                )
-            self._uploaded.add(item.path_in_repo)
-        self._sending.arrived(sum(map(self._size, items)))
-        return operations
-
-    def _operation(self, item: Item) -> CommitOperationAdd:
-        operation = self._sending.operation(item.path_in_repo, item.source)
-        # known already: the client reads a file once less
-        operation.upload_info.sha256 = bytes.fromhex(self._session.sums.of(item.source).sha256)
-        return operation
-
-    def _missing(self, items: Sequence[Item], files: Mapping[str, Listed]) -> tuple[Item, ...]:
-        return tuple(i for i in items if not self._session.sums.match(i.source, files.get(i.path_in_repo)))
-
-    def _all_there(self, items: Sequence[Item], files: Mapping[str, Listed]) -> bool:
-        return not self._missing(items, files)
-
-    def _state(self) -> list[str]:
-        """What became of each file so far."""
-        return [
-            f"{item.path_in_repo}: {'uploaded' if item.path_in_repo in self._uploaded else 'not uploaded'}"
-            for item in self._publication.weights
-        ]
-
-    def _damaged(self, item: Item, listed: Listed | None) -> HubError:
-        mine = self._session.sums.of(item.source)
-        found = "it is not there" if listed is None else f"{listed.size:,} bytes, {listed.sum}"
-        return HubError(
-            f"{self._publication.name}: '{item.path_in_repo}' is not what was sent, twice: "
-            f"{mine.bytes:,} bytes, {mine.sha256} here, {found} there.",
-            remedy=f"look for a .gitignore there and at {self._place.url}, then: {self._place.resume}",
-        )
+        return commit, self._branch.files(commit)
 
     # -- what describes them
 
@@ -323,120 +212,19 @@ class Upload:
             *preflight.scrubbed(session, last),
         ):
             raise problem
-        changed = [i for i in last if not session.sums.match(i.source, remote.files.get(i.path_in_repo))]
+        changed = self._branch.missing(last, remote.files)
         deleted = tuple(row.path for row in rows if row.change == "delete")
         if not changed and not deleted:
             return str(remote.head), ()
         session.progress.step("commit", f"{publication.name}: card and reports")
-        self._begin(changed)
-        operations: list[Operation] = [self._operation(item) for item in changed]
-        operations += [CommitOperationDelete(path) for path in deleted]
+        operations = self._branch.operations(changed, deleted)
         title = description.card_title(publication)
-        commit = self._commit(changed, operations, title, _Onto(str(remote.head)), deleted)
-        files = listing(self._place, session.patience, commit)
-        for item in self._missing(changed, files):
-            raise self._damaged(item, files.get(item.path_in_repo))
+        commit = self._branch.commit(changed, operations, title, Onto(str(remote.head)), deleted)
+        files = self._branch.files(commit)
+        for item in self._branch.missing(changed, files):
+            raise self._branch.damaged(item, files.get(item.path_in_repo))
         self._new += [item.path_in_repo for item in changed]
         return commit, deleted
-
-    # -- commits
-
-    def _commit(
-        self,
-        items: Sequence[Item],
-        operations: list[Operation],
-        title: str,
-        onto: _Onto,
-        deleted: Sequence[str] = (),
-    ) -> str:
-        """Commit, and after a failure look whether it is there all the same."""
-        session = self._session
-        sums = {i.path_in_repo: session.sums.of(i.source) for i in items}
-        told = description.text(
-            self._publication, {path: (each.bytes, each.sha256) for path, each in sums.items()}
-        )
-        doing = f"committing to {self._publication.name}"
-        failed = 0
-        while True:
-            try:
-                with session.patience.heard(), self._sending.trying():
-                    made = self._place.api.create_commit(
-                        self._publication.repo,
-                        operations,
-                        commit_message=title,
-                        commit_description=told,
-                        revision=self._revision,
-                        parent_commit=onto.parent,
-                    )
-                return made.oid
-            except FAILURES as error:
-                if session.patience.without_xet(error, self._place):
-                    continue
-                if (head := self._landed(items, deleted)) is not None:
-                    session.progress.note(
-                        f"{self._publication.name}: the commit is there, its answer was lost"
-                    )
-                    return head
-                failed += 1
-                if refusals.status_of(error) == STALE and failed < TRIES:
-                    onto = self._moved(onto, items)
-                    continue
-                if failed == TRIES or refusals.hopeless(error):
-                    raise failed_for_good(error, self._place, doing, self._state()) from error
-                if refusals.status_of(error) == _INVALID:  # it lost an object: send all again
-                    self._begin(items)
-                    operations = [
-                        *(self._operation(item) for item in items),
-                        *(CommitOperationDelete(path) for path in deleted),
-                    ]
-                session.patience.wait(failed, error, self._place, doing)
-
-    def _landed(self, items: Sequence[Item], deleted: Sequence[str]) -> str | None:
-        """The head, if it holds all of `items` and none of `deleted`; None also when nobody answers."""
-        try:
-            head = read_head(self._place, self._revision)
-            files = list_tree(self._place, head)
-        except FAILURES:
-            return None
-        done = self._all_there(items, files) and not any(path in files for path in deleted)
-        return head if done else None
-
-    def _moved(self, onto: _Onto, items: Sequence[Item]) -> _Onto:
-        """Where to commit now that somebody else did since; HubError where that has to be looked at.
-
-        Weights go onto everything that left their names alone. What describes them is made anew after another
-        push of this account.
-        """
-        since: list[GitCommitInfo] = []
-        for commit in history(self._place, self._session.patience, self._revision):
-            if commit.commit_id == onto.parent:
-                break
-            since.append(commit)
-        if not since:
-            raise self._changed(onto.parent)
-        files = listing(self._place, self._session.patience, since[0].commit_id)
-        if onto.files is not None:
-            others = [i.path_in_repo for i in self._missing(items, files) if i.path_in_repo in files]
-            if all(files[path] == onto.files.get(path) for path in others):
-                return _Onto(since[0].commit_id, files)
-        elif self._all_there(self._publication.weights, files) and all(map(self._is_of_a_push, since)):
-            raise _Overtaken
-        raise self._changed(onto.parent, since)
-
-    def _is_of_a_push(self, commit: GitCommitInfo) -> bool:
-        return self._place.account in commit.authors and description.is_title(commit.title)
-
-    def _changed(self, parent: str, since: Sequence[GitCommitInfo] = ()) -> QuantkitError:
-        who = ""
-        if since:
-            first = since[0]
-            when = first.created_at.strftime("%Y-%m-%d %H:%M UTC")
-            who = f" by {', '.join(first.authors) or 'somebody'} at {when}: {first.title}"
-        return HubError(
-            f"{self._publication.name} was changed since {parent[:7]}, while it was published to{who}.",
-            remedy=f"look at {self._place.url}/commits/{self._publication.revision}, "
-            f"then: {self._place.resume}",
-        )
 
     def _keep(self, step: str, **known: str) -> None:
         """Note in the record how far it got."""
