@@ -262,7 +262,9 @@ def _located(name: str, ask: Any, *arguments: Any) -> Any:
 class Card:
     """What a model card holds beside what was measured."""
 
-    notes: Annotated[str | None, "Markdown file of your own that goes into the card as it is"] = None
+    notes: Annotated[
+        str | None, "Markdown file of your own for the card; null: notes that are there stay; empty: they go"
+    ] = None
     plot: Annotated[bool, "a plot of size against quality, where several targets were measured"] = True
 
     def __post_init__(self) -> None:

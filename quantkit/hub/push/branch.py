@@ -143,6 +143,7 @@ class Branch:
         ]
 
     def damaged(self, item: Item, listed: Listed | None) -> HubError:
+        """What to say of a file that is not there as it was sent."""
         mine = self._session.sums.of(item.source)
         found = "it is not there" if listed is None else f"{listed.size:,} bytes, {listed.sum}"
         return HubError(
@@ -235,6 +236,7 @@ class Branch:
         return self._place.account in commit.authors and description.is_title(commit.title)
 
     def changed(self, parent: str, since: Sequence[GitCommitInfo] = ()) -> QuantkitError:
+        """What to say of commits of somebody else after `parent`."""
         who = ""
         if since:
             first = since[0]
