@@ -3,7 +3,8 @@
     {Name}-{Size}-{Finetune}-{Version}-{ENCODING}.gguf, parts optional
 llama.cpp finds ``repo:Q4_K_M`` by the end of a file's name and passes over names of side files
 (projectors, imatrices, draft heads), so no model is called like one. Nothing here knows a path of the
-machine: names come from the caller, the rest from the model card and its settings for generation.
+machine: names come from the caller, the rest from the model card and its settings for generation. Who
+quantizes it is not known here: who publishes it says so on the card.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quantkit.checkpoint.card import HUB, hub_ids, listed
+from quantkit.checkpoint.card import HUB, inherited, listed
 from quantkit.checkpoint.card import read as read_card
 from quantkit.checkpoint.strict_json import parse_object
 from quantkit.gguf.container import Typed, Value, library
@@ -68,21 +69,25 @@ def file_stem(model: str, encoding: str) -> str:
 
 
 def general(
-    model: str, size: Size, file_type: int, folder: Path, repository: str | None = None
+    model: str,
+    size: Size,
+    file_type: int,
+    folder: Path,
+    repository: str | None = None,
+    card: Path | None = None,
 ) -> dict[str, Value]:
     """The ``general.*`` keys of a file.
 
-    `model` is a name and `repository` the Hub id of the source if it has one; the card and the settings for
-    generation are read from `folder`.
+    `model` is a name and `repository` the Hub id of the source if it has one; the settings for generation are
+    read from `folder`, what a card says from `card`.
     """
-    card = read_card(folder / "README.md")
+    said = {} if card is None else inherited(read_card(card))
     name = (repository or model).rstrip("/").rpartition("/")[2] or "model"
     found: dict[str, Value] = {
         "type": "model",
         **_names(name, size),
         **_origin(repository),
-        **_texts(card),
-        **_base_models(card),
+        **_texts(said),
         **_sampling(folder / "generation_config.json"),
         "file_type": file_type,
         "quantization_version": _QUANTIZATION_VERSION,
@@ -100,10 +105,19 @@ def _names(name: str, size: Size) -> dict[str, Value]:
 
 
 def _origin(repository: str | None) -> dict[str, Value]:
+    """The repository that the file is made from, which is its base model: a folder has no name for others."""
     if repository is None:
         return {}
-    organization = library().Metadata.id_to_title(repository.partition("/")[0])
-    return {"organization": organization, "source.repo_url": f"{HUB}/{repository}"}
+    title, url = library().Metadata.id_to_title, f"{HUB}/{repository}"
+    organization, _, name = repository.partition("/")
+    return {
+        "organization": title(organization),
+        "source.repo_url": url,
+        "base_model.count": 1,
+        "base_model.0.name": title(name),
+        "base_model.0.organization": title(organization),
+        "base_model.0.repo_url": url,
+    }
 
 
 def _texts(card: Mapping[str, Any]) -> dict[str, Value]:
@@ -118,23 +132,6 @@ def _texts(card: Mapping[str, Any]) -> dict[str, Value]:
     for ours, texts in (("tags", tags), ("languages", listed(card.get("language")))):
         if texts:
             out[ours] = list(dict.fromkeys(texts))
-    return out
-
-
-def _base_models(card: Mapping[str, Any]) -> dict[str, Value]:
-    """Those that the card names by Hub id."""
-    ids = hub_ids(card.get("base_model"))
-    if not ids:
-        return {}
-    title = library().Metadata.id_to_title
-    out: dict[str, Value] = {"base_model.count": len(ids)}
-    for number, id in enumerate(ids):
-        organization, _, name = id.partition("/")
-        out |= {
-            f"base_model.{number}.name": title(name),
-            f"base_model.{number}.organization": title(organization),
-            f"base_model.{number}.repo_url": f"{HUB}/{id}",
-        }
     return out
 
 

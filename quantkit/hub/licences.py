@@ -1,17 +1,18 @@
 """Under which licence a quantized model is published: that of its source, or what stands in the way.
 
 Nothing is invented and nothing is decided for the user: the source's own words are passed on, what is not
-stated stays unstated, and licences that restrict derivatives need a person who has read them.
+stated stays unstated, and licences that restrict derivatives, or that cannot be read, need a person who has
+read them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote
 
-from quantkit.checkpoint.card import HUB, hub_ids, listed
+from quantkit.checkpoint.card import FAULTS, HUB, UNREADABLE, hub_ids, inherited, listed
 from quantkit.hub.licence_terms import duties, known_licences, name_prefix, restriction
 from quantkit.hub.manifest import Origin
 from quantkit.recipe.spec import Publish
@@ -19,7 +20,7 @@ from quantkit.recipe.spec import Publish
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _SPACE = re.compile(r"[\s_-]+")
 # The files of a licence are copied beside the weights, so a link to one of them stays right.
-_COPIED = re.compile(r"(LICENSE|NOTICE|USE_POLICY)[^/]*")
+_COPIED = re.compile(r"(LICENSE|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Licence:
     blockers     why nothing may be published before something is done
     blockers_if_public  the same, in a repository that all can see
     more         further identifiers, where the source states several
+    unread       the source's card cannot be read: what it states is not known
     """
 
     id: str | None
@@ -47,6 +49,7 @@ class Licence:
     blockers: tuple[str, ...]
     more: tuple[str, ...] = ()
     blockers_if_public: tuple[str, ...] = ()
+    unread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ def judge(origin: Origin, how: Publish, *, endpoint: str = HUB, gated: bool | No
     endpoint  where the source lies, when it is on the Hub
     gated     the Hub says that the source gives access on terms; None: it did not say
     """
+    # an older quantkit.json may hold what is not valid
+    origin = replace(origin, card=inherited(origin.card))
     source, link_warning = _of_source(origin, endpoint)
     chosen = _chosen(source, how)
     bases = hub_ids(origin.id if origin.on_hub else how.base_model)
@@ -96,9 +101,14 @@ def judge(origin: Origin, how: Publish, *, endpoint: str = HUB, gated: bool | No
         gated=gated,
         reminders=tuple(_reminders(chosen, how)),
         warnings=tuple(warnings),
-        blockers=(*_unconfirmed(source, chosen, how), *(unknown if public else ())),
+        blockers=(
+            *_unread(origin, how),
+            *_unconfirmed(source, chosen, how),
+            *(unknown if public else ()),
+        ),
         more=written[1:],
         blockers_if_public=() if public else unknown,
+        unread=UNREADABLE in origin.card,
     )
 
 
@@ -136,8 +146,15 @@ def _as_the_hub_knows(stated: _Stated) -> tuple[tuple[str, ...], str | None]:
 
 
 def _warnings(origin: Origin, how: Publish, source: _Stated, chosen: _Stated) -> Iterator[str]:
-    if not chosen.ids:
-        yield f"the licence is left out: it is not stated by the source ({origin.id})"
+    unread = origin.card.get(UNREADABLE)
+    if unread is not None:
+        told = "the licence is left out" if not chosen.ids else f"the licence is written as {chosen.quoted}"
+        yield f"{told}: the card of {origin.id} cannot be read ({unread})"
+    elif not chosen.ids:
+        beside = "a LICENSE file is passed on, and says nothing here"
+        yield f"the licence is left out: it is not stated by the source ({origin.id}); {beside}"
+    for key, fault in origin.card.get(FAULTS, {}).items():
+        yield f"the card of {origin.id}: {key} {fault}"
     if how.license is not None and source.ids and not set(chosen.ids) & set(source.ids):
         yield f"publish.license is `{how.license}`, but the card of {origin.id} says {source.quoted}"
     for id in chosen.ids:
@@ -150,6 +167,16 @@ def _warnings(origin: Origin, how: Publish, source: _Stated, chosen: _Stated) ->
     if not origin.on_hub and how.base_model is None and chosen.ids:
         named = "so no base model is named; give --base-model (publish.base_model)"
         yield f"the source ({origin.id}) is a folder, {named}"
+
+
+def _unread(origin: Origin, how: Publish) -> Iterator[str]:
+    """A card that may state anything, until somebody reads it."""
+    why = origin.card.get(UNREADABLE)
+    if why is not None and how.license is None and not how.license_confirmed:
+        yield (
+            f"the card of {origin.id} cannot be read ({why}), so its licence is not known: read it, and give "
+            "--license ID (publish.license), or --license-confirmed (publish.license_confirmed: true)"
+        )
 
 
 def _unconfirmed(source: _Stated, chosen: _Stated, how: Publish) -> Iterator[str]:
@@ -168,7 +195,7 @@ def _unconfirmed(source: _Stated, chosen: _Stated, how: Publish) -> Iterator[str
 
 def _unknown_source(origin: Origin, how: Publish, chosen: _Stated) -> Iterator[str]:
     """A folder that does not say where it comes from is only for oneself."""
-    if origin.on_hub or origin.card:
+    if origin.on_hub or origin.card.keys() - {UNREADABLE, FAULTS}:
         return
     missing = [
         *(["--base-model ID (publish.base_model)"] if how.base_model is None else []),

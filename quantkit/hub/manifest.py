@@ -34,7 +34,8 @@ class Origin:
     """The checkpoint that was quantized.
 
     id           repository of the Hub when `revision` is not None, else only a name
-    card         front matter of its model card: licence, tags, languages, base models
+    card         of the front matter of its model card licence, tags, languages and the like, or why it cannot
+                 be read: what `checkpoint.card.inherited` makes of it
     cache_bytes  bytes of a key-value cache per token of context in 16 bits; None: not known
     context      tokens it was made for, None: not known
     quantized    what it is stored in when it is not the original: ``gptq, 4 bits``; None: it is floats

@@ -117,7 +117,7 @@ def _own_card(publication: Publication) -> str | None:
     if not path.is_file():
         return None
     try:
-        return path.read_text("utf-8")
+        return path.read_bytes().decode("utf-8")  # with its own ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"`{path}` cannot be read: {error}", remedy="store it in UTF-8, or move it away"

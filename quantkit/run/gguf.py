@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.folder import is_terms
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CoverageError, UnsupportedError, VerifyError
 from quantkit.gguf import container, naming
@@ -20,6 +19,7 @@ from quantkit.gguf.blocks import TYPES, BlockType, pack
 from quantkit.gguf.mixes import MIXES, Mix
 from quantkit.gguf.vocabulary import reference, vocabulary
 from quantkit.hub.manifest import Kept
+from quantkit.hub.side_files import card_file, terms
 from quantkit.model.graph import ModelGraph, Weight
 from quantkit.recipe.plan import TargetPlan
 from quantkit.recipe.spec import Output
@@ -67,7 +67,8 @@ def _planned(
     rows = next(w.shape[0] for w in graph.outer if w.role == "embed")
     size = _size(view, graph)
     folder = view.path if view.path.is_dir() else view.path.parent
-    general = naming.general(title.name, size, mix.file_type, folder, title.repository)
+    card = card_file(view.path)
+    general = naming.general(title.name, size, mix.file_type, folder, title.repository, card)
     metadata = {**general, **vocabulary(tokenizer_folder(view), rows)}
     stem = naming.file_stem(title.name, mix.name)
     return GgufFile.plan(view, graph, scheme_of, metadata, stem, shard_bytes)
@@ -86,9 +87,8 @@ def write(file: GgufFile, folder: Path, origin: Origin) -> None:
     VerifyError when llama.cpp makes other tokens of them than the source's tokenizer does.
     """
     file.write(folder, origin)
-    for terms in file.view.extras() if file.view.path.is_dir() else ():
-        if is_terms(terms.name):
-            shutil.copyfile(terms, folder / terms.name)
+    for found in terms(file.view.path):
+        shutil.copyfile(found, folder / found.name)
     tokenizer = reference(tokenizer_folder(file.view))
     differences, refused = llama_differences(folder / file.names[0], tokenizer)
     if refused is not None:

@@ -240,5 +240,6 @@ def _gated(source: Origin, api: HfApi) -> bool | None:
     if not source.on_hub:
         return False
     with contextlib.suppress(*problems.CLIENT_ERRORS):
-        return bool(api.model_info(source.id, revision=source.revision, timeout=_TIMEOUT).gated)
+        found = api.model_info(source.id, revision=source.revision, timeout=_TIMEOUT, expand=["gated"])
+        return bool(found.gated)
     return None

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.gguf.container import open_file
 from tests.e2e.runs import sums
 from tests.gguf_files import byte_tokenizer
 from tests.hubplace import CARD, LICENSE, Ran, Workplace, nothing_private
@@ -205,6 +206,8 @@ def test_a_sub_folder_is_published_under_the_licence_of_its_repository(
         assert published.read("LICENSE") == LICENSE and published.read("NOTICE.txt") == b"by them"
         assert b"\nlicense: apache-2.0\n" in published.read("README.md")
     assert "not stated" not in done.err
+    (file,) = (place.folder / "nested" / "gguf-q8_0").glob("*.gguf")
+    assert open_file(file).metadata["general.license"] == "apache-2.0"
     # where the sub-folder has its own, that one counts
     place.hub.add(
         "org/nested", {"f32/LICENSE": b"Other terms.", "f32/README.md": b"---\nlicense: mit\n---\n"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 import yaml
@@ -12,6 +15,8 @@ from tests.hubserver.state import Kind, State
 from tests.hubserver.wire import Answer, Request, refusal, route, to_json
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+_MAX_BYTES, _MAX_VALUES = 1 << 20, 100_000
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 _TEXT = ("library_name", "pipeline_tag", "license_name", "license_link", "base_model_relation")
 
 
@@ -65,8 +70,8 @@ def validate(state: State, request: Request) -> Answer:
 def problems(front_matter: str) -> list[str]:
     """What is wrong with the metadata of a card."""
     try:
-        data = yaml.safe_load(front_matter)
-    except yaml.YAMLError as error:
+        data = _loaded(front_matter)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         return [f"YAML Metadata Error: {error}"]
     if not isinstance(data, dict):
         return ["YAML Metadata Error: expected a mapping"] if data is not None else []
@@ -86,10 +91,35 @@ def metadata(readme: bytes) -> dict[str, Any]:
     """The front matter of a card, {} where there is none or it cannot be read."""
     found = _FRONT_MATTER.match(readme.decode("utf-8", "replace"))
     try:
-        data = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        data = _loaded(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _loaded(front_matter: str) -> Any:
+    """What JSON can say of it; ValueError for too much, whether it is written or aliases stand for it."""
+    if len(front_matter) > _MAX_BYTES:
+        raise ValueError("too large")
+    return _json(yaml.load(front_matter, Loader=_LOADER), iter(range(_MAX_VALUES)))
+
+
+def _json(value: Any, left: Iterator[int]) -> Any:
+    if next(left, None) is None:
+        raise ValueError("too many values")
+    match value:
+        case dict():
+            return {str(key): _json(held, left) for key, held in value.items()}
+        case list() | tuple() | set():
+            return [_json(item, left) for item in value]
+        case date():
+            return value.isoformat()
+        case bytes():
+            return value.hex()
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
 
 
 def _strings(value: Any) -> bool:

@@ -36,16 +36,22 @@ def info(state: State, request: Request) -> Answer:
     for key in ("library_name", "pipeline_tag"):
         if isinstance(card.get(key), str):
             told[key] = card[key]
-    return to_json(told | ({"cardData": card} if card else {}))
+    told |= {"cardData": card} if card else {}
+    if asked := parse_qs(urlsplit(request.target).query).get("expand"):
+        told = {key: value for key, value in told.items() if key in ("_id", "id", *asked)}
+    return to_json(told)
 
 
 def _tags(card: dict[str, Any]) -> list[str]:
     """The card's own tags, and those that the Hub makes of other fields."""
-    tags = [tag for tag in card.get("tags") or () if isinstance(tag, str)]
+    tags = _texts(card.get("tags"))
     for key in ("license", "base_model"):
-        values = card.get(key) or []
-        tags += [f"{key}:{value}" for value in (values if isinstance(values, list) else [values])]
+        tags += [f"{key}:{value}" for value in _texts(card.get(key))]
     return tags
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
 
 
 def _sibling(entry: Entry, *, full: bool) -> dict[str, Any]:

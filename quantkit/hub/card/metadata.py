@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from quantkit.calibrate.text import WIKITEXT_REVISION
-from quantkit.checkpoint.card import hub_ids, listed
+from quantkit.checkpoint.card import hub_ids, inherited, listed
 from quantkit.errors import RecipeError
 from quantkit.evaluate.quality import Quality
 from quantkit.hub.card.front_matter import BY, dump
@@ -37,7 +38,7 @@ def front_matter(page: Page) -> str:
 
 def metadata(page: Page) -> dict[str, Any]:
     """Keys in the order they are written; what is not known is not there."""
-    card, licence = page.source.card, page.licence
+    card, licence = inherited(page.source.card), page.licence
     bases = hub_ids(list(licence.base_models))
     found: dict[str, Any] = {
         "base_model": bases[0] if len(bases) == 1 else bases,
@@ -48,7 +49,7 @@ def metadata(page: Page) -> dict[str, Any]:
         "license_link": licence.link,
         "language": listed(card.get("language")),
         "pipeline_tag": next(iter(listed(card.get("pipeline_tag"))), _PIPELINE),
-        "tags": _tags(page),
+        "tags": _tags(page, listed(card.get("tags"))),
         "datasets": listed(card.get("datasets")),
         "quantized_by": page.publisher,
         "quantkit": _provenance(page),
@@ -72,23 +73,21 @@ def model_index(page: Page) -> list[dict[str, Any]]:
     return entries
 
 
-def _library(page: Page) -> str | None:
-    """What loads the files, as the Hub calls it."""
-    variant = page.listed[0]
-    if variant.gguf:
-        return "gguf"
-    if any(engine.startswith("transformers") for engine in variant.manifest.engines):
-        return "transformers"
-    return next((name for engine, name in _LIBRARIES.items() if engine in variant.manifest.engines), None)
+def _library(page: Page) -> str:
+    """What loads the files, as the Hub calls it: its button to use the model goes by that."""
+    return _LIBRARIES.get(page.listed[0].manifest.format, "transformers")
 
 
-_LIBRARIES = {"vLLM": "vllm", "SGLang": "sglang", "gptqmodel": "gptqmodel", "hqq": "hqq"}
+# transformers refuses folders of hqq
+_LIBRARIES: Mapping[str, str] = MappingProxyType({"gguf": "gguf", "hqq": "hqq"})
 
 
-def _tags(page: Page) -> list[str]:
-    inherited = [tag for tag in listed(page.source.card.get("tags")) if not _DERIVED.fullmatch(tag)]
+def _tags(page: Page, of_source: Sequence[str]) -> list[str]:
+    of_content = [tag for tag in of_source if not _DERIVED.fullmatch(tag)]
     own = [tag for variant in page.listed for tag in _own_tags(variant)]
-    return list(dict.fromkeys([*own, *inherited, *(["conversational"] if page.template is not None else [])]))
+    return list(
+        dict.fromkeys([*own, *of_content, *(["conversational"] if page.template is not None else [])])
+    )
 
 
 def _own_tags(variant: Variant) -> Iterator[str]:

@@ -10,13 +10,11 @@ from typing import Any
 
 import yaml
 
+from quantkit.checkpoint.card import ADDRESS, HUB_ID, LANGUAGE, WORD
 from quantkit.hub.card.front_matter import compose, find, load
 from quantkit.hub.licence_terms import known_licences
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-_LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*|multilingual|code")
-_WORD = re.compile(r"[a-z0-9][\w.+-]*", re.IGNORECASE | re.ASCII)
-_LINK = re.compile(r"https?://\S+|[\w][\w./-]*", re.ASCII)
+_LINK = re.compile(rf"{ADDRESS.pattern}|\w[\w./-]*", re.IGNORECASE | re.ASCII)
 _REQUIRED = ("library_name", "tags", "quantkit")
 
 
@@ -49,6 +47,8 @@ def problems(text: str) -> list[str]:
         return [f"README.md:{first} front matter: must be keys with values, not {type(values).__name__}"]
     lines: dict[str, int] = {}
     out = []
+    if text.startswith("\ufeff"):
+        out.append((1, "front matter", "stands behind a byte order mark, where the Hub's client misses it"))
     for key, _ in node.value:
         if key.value in lines:
             out.append(
@@ -108,9 +108,9 @@ def _one(value: Any, pattern: re.Pattern[str], what: str) -> Iterator[str]:
 
 
 def _licence_ids(value: Any) -> Iterator[str]:
-    yield from _texts(value, _WORD, "the id of a licence, as apache-2.0")
+    yield from _texts(value, WORD, "the id of a licence, as apache-2.0")
     for id in value if isinstance(value, list) else [value]:
-        if isinstance(id, str) and _WORD.fullmatch(id) and id not in known_licences():
+        if isinstance(id, str) and WORD.fullmatch(id) and id not in known_licences():
             yield f"{id!r} is none that the Hub knows: write `other` with license_name and license_link"
 
 
@@ -163,14 +163,14 @@ _CHECKS: Mapping[str, Callable[[Any], Iterator[str]]] = MappingProxyType(
         "license": _licence_ids,
         "license_name": lambda value: _one(value, re.compile(r"\S(.*\S)?"), "a name"),
         "license_link": lambda value: _one(value, _LINK, "an address or a file of the repository"),
-        "language": lambda value: _texts(value, _LANGUAGE, "the code of a language, as en"),
-        "base_model": lambda value: _texts(value, _HUB_ID, "an id of the Hub, as org/name"),
-        "datasets": lambda value: _texts(value, _HUB_ID, "an id of the Hub, as org/name"),
+        "language": lambda value: _texts(value, LANGUAGE, "the code of a language, as en"),
+        "base_model": lambda value: _texts(value, HUB_ID, "an id of the Hub, as org/name"),
+        "datasets": lambda value: _texts(value, HUB_ID, "an id of the Hub, as org/name"),
         "base_model_relation": lambda value: _one(
             value, re.compile("quantized|finetune|adapter|merge"), "quantized, finetune, adapter or merge"
         ),
-        "pipeline_tag": lambda value: _one(value, _WORD, "a task, as text-generation"),
-        "library_name": lambda value: _one(value, _WORD, "the name of a library, as transformers"),
+        "pipeline_tag": lambda value: _one(value, WORD, "a task, as text-generation"),
+        "library_name": lambda value: _one(value, WORD, "the name of a library, as transformers"),
         "tags": _tag_list,
         "model-index": _index,
     }

@@ -121,7 +121,7 @@ def head_of(place: Place, patience: Patience, revision: str) -> str | None:
 
 def read_head(place: Place, revision: str) -> str:
     """The commit of a branch or pull request, asked once, with the errors of the client."""
-    info = place.api.model_info(place.repo, revision=revision, timeout=_TIMEOUT)
+    info = place.api.model_info(place.repo, revision=revision, timeout=_TIMEOUT, expand=["sha"])
     if info.sha is None:
         raise KeyError("sha")
     return info.sha
@@ -143,12 +143,12 @@ def ensure(
 
 def is_private(place: Place) -> bool:
     """Who may see it, asked once."""
-    return bool(place.api.model_info(place.repo, timeout=_TIMEOUT).private)
+    return bool(place.api.model_info(place.repo, timeout=_TIMEOUT, expand=["private"]).private)
 
 
 def is_gated(place: Place) -> bool:
     """Whether access must be asked for, asked once."""
-    return bool(place.api.model_info(place.repo, timeout=_TIMEOUT).gated)
+    return bool(place.api.model_info(place.repo, timeout=_TIMEOUT, expand=["gated"]).gated)
 
 
 def read_tag(place: Place, tag: str) -> str | None:
@@ -181,7 +181,8 @@ def _info(place: Place, patience: Patience) -> ModelInfo | None:
 
     def ask() -> ModelInfo | None:
         try:
-            return place.api.model_info(place.repo, timeout=_TIMEOUT)
+            # not the card, which the client may stumble over
+            return place.api.model_info(place.repo, timeout=_TIMEOUT, expand=["private", "gated"])
         except GatedRepoError:  # is a kind of the next one, and says that there is a repository
             raise
         except RepositoryNotFoundError:

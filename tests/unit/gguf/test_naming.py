@@ -72,9 +72,9 @@ def write(folder: Path, card: str = "", generation: Any = None) -> Path:
 
 
 def read(folder: Path, model: str = "model", size: Size = EIGHT_B, **more: Any) -> dict[str, Any]:
-    return {
-        key.removeprefix("general."): value for key, value in general(model, size, 15, folder, **more).items()
-    }
+    path = folder / "README.md"
+    found = general(model, size, 15, folder, card=path if path.is_file() else None, **more)
+    return {key.removeprefix("general."): value for key, value in found.items()}
 
 
 BARE = {"type": "model", "name": "Model", "size_label": "8.2B", "file_type": 15, "quantization_version": 2}
@@ -100,6 +100,12 @@ def test_a_repository_is_the_origin(tmp_path: Path) -> None:
     found = read(tmp_path, "a-local-folder", repository="Qwen/Qwen3-8B")
     assert found["name"] == "Qwen3 8B" and found["organization"] == "Qwen"
     assert found["source.repo_url"] == "https://huggingface.co/Qwen/Qwen3-8B"
+    assert {key: found[key] for key in found if key.startswith("base_model")} == {
+        "base_model.count": 1,
+        "base_model.0.name": "Qwen3 8B",
+        "base_model.0.organization": "Qwen",
+        "base_model.0.repo_url": "https://huggingface.co/Qwen/Qwen3-8B",
+    }
 
 
 CARD = """---
@@ -127,9 +133,18 @@ def test_the_card(tmp_path: Path) -> None:
         "license.link": "LICENSE",
     }
     assert found["languages"] == ["en", "no"] and found["tags"] == ["chat", "text-generation", "2024-01-01"]
-    assert found["base_model.count"] == 2 and found["base_model.0.name"] == "Llama 3.1 8B"
-    assert found["base_model.0.organization"] == "Meta Llama"
-    assert found["base_model.1.repo_url"] == "https://huggingface.co/org/other"
+    # what the source was made from is not what the file was made from
+    assert not [key for key in found if "base_model" in key or "source" in key]
+    of_hub = read(tmp_path, repository="org/model")
+    assert of_hub["base_model.count"] == 1 and of_hub["base_model.0.name"] == "Model"
+    assert found.keys() < of_hub.keys()
+
+
+def test_values_that_are_not_valid_stay_there(tmp_path: Path) -> None:
+    card = (
+        '---\npipeline_tag: <script>\nlanguage: [<b>, en]\ntags: &t ["a\\0b", ok]\nlicense: mit\nx: *t\n---\n'
+    )
+    assert read(write(tmp_path, card)) == {**BARE, "license": "mit", "languages": ["en"], "tags": ["ok"]}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +152,8 @@ def test_the_card(tmp_path: Path) -> None:
     ["/home/someone/models/x", "~/models", "./checkpoints/last", "..\\x", "C:\\models\\x", "file:///x"],
 )
 def test_paths_in_a_card_stay_there(path: str, tmp_path: Path) -> None:
-    card = f"---\nbase_model: {path}\nlicense_link: '{path}'\ntags: ['base_model:{path}', ok]\n---\n"
+    tags = f"tags: ['base_model:{path}', '{path}', ok]"
+    card = f"---\nbase_model: {path}\n{tags}\nlicense_link: '../{path}'\n---\n"
     assert read(write(tmp_path, card)) == {**BARE, "tags": ["ok"]}
 
 

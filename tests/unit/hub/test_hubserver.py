@@ -164,6 +164,47 @@ def test_info(hub: HubServer, api: HfApi) -> None:
         api.model_info(REPO, revision="v2")
 
 
+BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))])
+
+
+@pytest.mark.parametrize(
+    ("front", "told"),
+    [
+        ("license: [1, {a: b}]", {"license": [1, {"a": "b"}]}),
+        ("datasets: {a: [b]}", {"datasets": {"a": ["b"]}}),
+        ("tags: &t [x]\ndatasets: *t", {"tags": ["x"], "datasets": ["x"]}),
+        ("x: 2024-01-01\n3: !!binary bWl0\ny: !!set {a}", {"x": "2024-01-01", "3": "6d6974", "y": ["a"]}),
+        ("x: .nan\ny: .5", {"y": 0.5}),
+        ('x: "c\\0d"', {"x": "c\0d"}),
+        ("[a, b]: 3", None),
+        ("x: 2024-99-99", None),
+        ("x: &x [*x]", None),
+        ("x: [\t", None),
+        ("x: \x1b", None),
+        (BOMB, None),
+        ("x: 1\n" + "# more\n" * 300_000, None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_info_of_a_card_of_odd_types(
+    front: str, told: dict[str, object] | None, hub: HubServer, api: HfApi
+) -> None:
+    """It is answered, as JSON, or as if there were no card."""
+    hub.add(REPO, {"README.md": f"---\n{front}\n---\n".encode()})
+    found = api.model_info(REPO).card_data
+    assert (None if found is None else found.to_dict()) == told
+
+
+@pytest.mark.parametrize("front", ["self: 1", "tags: 3", "ignore_metadata_errors: true"])
+def test_cards_that_the_client_cannot_take(front: str, hub: HubServer, api: HfApi) -> None:
+    hub.add(REPO, {"README.md": f"---\n{front}\n---\n".encode()})
+    with pytest.raises(TypeError):
+        api.model_info(REPO)
+    info = api.model_info(REPO, expand=["sha", "private", "gated"])
+    assert (info.sha, info.private, info.gated) == (hub.repo(REPO).commits[0].sha, False, False)
+    assert info.card_data is None and info.siblings is None
+
+
 @pytest.mark.parametrize("page", [1, 2, 1000])
 def test_tree_and_its_pages(page: int) -> None:
     with HubServer(page=page) as hub:

@@ -72,7 +72,73 @@ def test_links_of_a_folder() -> None:
 def test_what_is_not_stated_is_not_invented() -> None:
     found = judge(origin("tags: [chat]"), publish())
     assert (found.id, found.name, found.link, found.blockers) == (None, None, None, ())
-    assert found.warnings == ("the licence is left out: it is not stated by the source (org/model)",)
+    (warning,) = found.warnings
+    assert warning.startswith(
+        "the licence is left out: it is not stated by the source (org/model); a LICENSE file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("front", "why"),
+    [
+        ("license: cc-by-nd-4.0\ntags: [", "line 4: "),
+        ("license: cc-by-nd-4.0\nx: \x1b", "line 3: it holds control characters"),
+        (f"license: cc-by-nd-4.0\n#{'x' * card.MAX_BYTES}", "is larger than 1,048,576 bytes"),
+        ("license: {cc-by-nd-4.0: x}", "`license` is no plain text that names a licence"),
+    ],
+)
+@pytest.mark.parametrize("visibility", ["public", "private", None])
+def test_a_card_that_cannot_be_read_may_state_anything(front: str, why: str, visibility: str | None) -> None:
+    source = origin(front)
+    found = judge(source, publish(visibility=visibility))
+    (blocker,) = found.blockers
+    assert "the card of org/model cannot be read (" in blocker and why in blocker
+    assert "--license ID" in blocker and "--license-confirmed" in blocker
+    assert found.unread and found.id is None
+    assert not any("not stated" in warning for warning in found.warnings)
+    confirmed = judge(source, publish(visibility=visibility, license_confirmed=True))
+    assert (
+        confirmed.blockers == ()
+        and confirmed.unread
+        and "the licence is left out: the card" in confirmed.warnings[0]
+    )
+    given = judge(source, publish(visibility=visibility, license="mit"))
+    assert given.blockers == () and (given.id, given.unread) == ("mit", True)
+    assert "the licence is written as `mit`: the card of org/model cannot be read" in given.warnings[0]
+    assert judge(source, publish(visibility=visibility, license="cc-by-nd-4.0")).blockers
+
+
+def test_a_word_of_a_person_lifts_no_restriction_that_could_be_read() -> None:
+    (blocker,) = judge(origin("license: [cc-by-nd-4.0, {a: b}]"), publish(license="mit")).blockers
+    assert "`cc-by-nd-4.0` forbids to share derivatives" in blocker
+
+
+def test_aliases_do_not_hide_a_licence() -> None:
+    found = judge(origin("license: cc-by-nc-nd-4.0\ntags: &t\n- chat\ndatasets: *t"), publish())
+    assert found.id == "cc-by-nc-nd-4.0" and "forbids to share derivatives" in found.blockers[0]
+
+
+def test_a_folder_whose_card_cannot_be_read() -> None:
+    found = judge(folder("- x"), publish())
+    assert len(found.blockers) == 2 and "--base-model ID" in found.blockers[1]
+    assert len(judge(folder("- x"), publish(license_confirmed=True)).blockers) == 1
+    assert judge(folder("- x"), publish(license="mit", base_model="org/base")).blockers == ()
+
+
+def test_what_is_not_taken_over_is_said() -> None:
+    front = "license: mit\n[a]: 1\nlanguage: <b>\nlicense_link: 'https://x.org/a b'"
+    found = judge(origin(front), publish())
+    assert found.link == "https://x.org/a%20b" and found.blockers == ()
+    assert found.warnings == (
+        "the card of org/model: line 3 is left out: its key is no text",
+        "the card of org/model: language is left out: not the code of a language, as en",
+        "the card of org/model: license_link is written with %XX for what no address has",
+    )
+    # an older quantkit.json holds it as it is
+    older = dataclasses.replace(origin(), card={"license": "mit", "language": ["<b>"], "datasets": [3]})
+    assert [w.split(": ")[1] for w in judge(older, publish()).warnings] == [
+        "language is left out", "datasets is left out"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from quantkit.errors import UsageError
 from quantkit.hub.card import render
 from quantkit.hub.card.front_matter import find
 from quantkit.hub.card.own_text import marked, merge, notes
+from quantkit.hub.card.validation import problems
 from tests import cards
 
 CARD = merge(render(cards.page()), None)
@@ -198,6 +199,7 @@ def test_a_byte_order_mark_stays_where_it_is(text: str) -> None:
     made = merge(NEWER, "\ufeff" + text)
     assert made == "\ufeff" + merge(NEWER, text)
     assert merge(NEWER, made) == made and made.count("\ufeff") == 1
+    assert problems(made)[0].startswith("README.md:1 front matter: stands behind a byte order mark")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ MODEL = r"/api/models/alice/Tiny-GGUF"
 COMMIT = f"POST {MODEL}/commit/"
 ONCE_EACH = {
     "whoami": "GET /api/whoami-v2",
-    "info": f"GET {MODEL}$",
+    "info": f"GET {MODEL}\\?expand=",
     "refs": f"GET {MODEL}/refs",
     "history": f"GET {MODEL}/commits/",
     "tree": f"GET {MODEL}/tree/",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.hub.side_files import card_of, terms
+from quantkit.hub.side_files import card_file, card_of, terms
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 CARD = "---\nlicense: other\nlicense_name: {0}\nlicense_link: LICENSE\n---\n"
@@ -52,6 +52,7 @@ def test_beside_a_gguf_file(root: Path, tmp_path: Path) -> None:
         path.write_bytes(b"GGUF")
     assert names(root / "m.gguf") == names(root / "fp8" / "m.gguf") == ["LICENSE", "NOTICE.md"]
     assert card_of(root / "fp8" / "m.gguf")["license_name"] == "top"
+    assert card_file(root / "fp8" / "m.gguf") == root / "README.md"
     (tmp_path / "LICENSE").write_text("of something else that was downloaded")
     assert terms(tmp_path / "m.gguf") == []
 
@@ -61,5 +62,6 @@ def test_a_folder_of_the_user_has_what_lies_in_it(tmp_path: Path) -> None:
     (tmp_path / "LICENSE").write_text("of the folder around it")
     (tmp_path / "README.md").write_text(CARD.format("around"))
     assert terms(tmp_path / "model") == [] and card_of(tmp_path / "model") == {}
+    assert card_file(tmp_path / "model") is None and card_file(tmp_path) == tmp_path / "README.md"
     (tmp_path / "model" / "LICENSE").write_text("own")
     assert terms(tmp_path / "model") == [tmp_path / "model" / "LICENSE"]

@@ -10,7 +10,7 @@ from quantkit.calibrate import chat
 from quantkit.hub.push.publication import publications
 from quantkit.hub.push.remote import RemoteState
 from quantkit.recipe.spec import Publish
-from quantkit.run.cards import Cards
+from quantkit.run.cards import Cards, _own_card
 from quantkit.run.progress import Silent
 from tests.cards import LICENCE
 from tests.gguf_files import byte_tokenizer
@@ -44,3 +44,10 @@ def test_a_card_without_its_prompt(process: bool, tmp_path: Path, monkeypatch: p
     (note,) = told.notes
     why = "it takes more than 0.2 s" if process else "no process can be started for the chat template: "
     assert note.startswith(f"{publication.name}: the card shows no prompt, for ") and why in note
+
+
+def test_a_card_in_the_folder_keeps_its_ends_of_lines(tmp_path: Path) -> None:
+    folder, made = gptq(tmp_path)
+    (folder / "README.md").write_bytes("\ufeffmine\r\nand mine\n".encode())
+    (publication,) = publications([(folder, made)], HOW)
+    assert _own_card(publication) == "\ufeffmine\r\nand mine\n"
