@@ -7,7 +7,7 @@ schemes they accept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -17,6 +17,7 @@ from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.model.graph import Weight
+from quantkit.model.stored import StoredModel
 from quantkit.schemes import CacheDtype, Convention, Scheme
 from quantkit.tensors import QuantizedLinear, QuantizedTensor
 
@@ -178,6 +179,12 @@ class Format(Protocol):
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedLinear:
         """Inverse of `encode`, from the file tensors of one weight and the quantization config."""
+        ...
+
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        """Where a config, which need not be the one that weights were decoded by, says something else than
+        the files hold: one sentence each, with the key and the engines that would misread it. Only what is
+        certain; none for what this format writes."""
         ...
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:

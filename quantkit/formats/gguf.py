@@ -7,7 +7,7 @@ holds beside matrices is the matter of `run.gguf`; here is how one matrix become
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from quantkit.gguf.blocks import TYPES, pack, type_of, unpack
 from quantkit.gguf.mixes import MIXES, parse_mix
 from quantkit.gguf.rounding import EXACT
 from quantkit.model.graph import Weight
+from quantkit.model.stored import StoredModel
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear
@@ -96,6 +97,10 @@ class Gguf:
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedLinear:
         return QuantizedLinear(name, unpack(tensors[_stored(name)], TYPES[config["types"][name]]))
+
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        # a file says what it holds in its directory of tensors alone
+        return iter(())
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         """Which type each matrix has; a file says so in its directory of tensors."""

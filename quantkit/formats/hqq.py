@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.model.graph import Weight
+from quantkit.model.stored import Difference, StoredModel, StoredWeight, told
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import Affine, QuantizedLinear
@@ -56,6 +57,14 @@ _FLAGS = {
 _NUMBERS = ("nbits", "group_size", "axis")
 _TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 _PARTS = frozenset(("W_q", "scale", "zero", "shape", *_NUMBERS, *_TEXTS, "round_zero", *_FLAGS))
+# what hqq evaluates as Python while it loads
+_DTYPES = frozenset(
+    f"torch.{name}"
+    for name in ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "half", "float")
+)
+_LONGEST = 80
+# what the library reads as soon as a weight says that it stores how it was quantized
+_STATED = ("channel_wise", "optimize", "round_zero", "view_as_float")
 _PLAIN_NAME = re.compile(r"(w\d+(?:g\d+)?)(_axis0)?")
 _NOTE = "load with the layers of the hqq library; without skip_modules, transformers refuses this file"
 
@@ -165,7 +174,7 @@ class Hqq:
         self, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
     ) -> tuple[tuple[int, int], int]:
         base = name.removesuffix(".weight")
-        known = config.get("linears", {})
+        known = config.get("linears") or {}
         told = known.get(base) or known.get(_tag(base))
         if told is not None:
             return (int(told["shape"][0]), int(told["shape"][1])), int(told["nbits"])
@@ -187,6 +196,7 @@ class Hqq:
                 f"`{name}` has {bits} bits in groups of {size:,} along axis {axis} of {out:,} × {width:,}: "
                 "quantkit does not read that"
             )
+        _check_texts(base, bits, tensors)
         scale, zero, packed = (tensors[f"{base}.{part}"] for part in ("scale", "zero", "W_q"))
         if f"{base}.view_as_float" in tensors and _number(base, "view_as_float", tensors):
             packed = packed.view(torch.int32 if bits == 3 else torch.uint8)
@@ -210,6 +220,17 @@ class Hqq:
             ),
         )
 
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from told(d for weight in stored.weights for d in _missing(weight))
+        own = config.get("linears")
+        main = (config.get("quant_config") or {}).get("weight_quant_params") or {}
+        found = [list(_claims(weight, main)) for weight in stored.weights]
+        if own is not None:
+            yield from told(d for weight in stored.weights for d in _claims(weight, _own(weight, own)))
+        # of ours, some weights may be others
+        if own is None or all(found):
+            yield from told(d for differences in found for d in differences)
+
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         linears: dict[str, dict[str, Any]] = {}
         for a in facts.assigned:
@@ -218,14 +239,16 @@ class Hqq:
                 # hqq's tag of a module leaves out the numbers of blocks, where all weights are alike
                 if linears.setdefault(_tag(a.weight.module), own) != own:
                     linears[a.weight.module] = own
+        schemes = [a.scheme for a in facts.assigned if a.scheme is not None] or [facts.default]
+        main = facts.default if facts.default in schemes else schemes[0]
         return {
             "quant_method": "hqq",
             "quant_config": {
                 "weight_quant_params": {
-                    **_parameters(facts.default),
+                    **_parameters(main),
                     "channel_wise": True,
                     "optimize": True,
-                    "round_zero": facts.default.bits == 4,
+                    "round_zero": main.bits == 4,
                     "view_as_float": False,
                 },
                 "scale_quant_params": None,
@@ -241,9 +264,7 @@ class Hqq:
 
     def engines(self, facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         schemes = {a.scheme for a in facts.assigned if a.scheme is not None}
-        notes = [
-            "transformers 5 cannot load HQQ and refuses the folder; docs/formats.md shows how hqq loads it"
-        ]
+        notes = ["transformers 5 cannot load HQQ and refuses the folder: the package hqq loads it"]
         if any(s.bits > 4 for s in schemes):
             notes.append("load it with float16 or float32 as compute_dtype: bfloat16 rounds the zero points")
         if any(s.axis == 0 for s in schemes):
@@ -341,6 +362,46 @@ def _number(base: str, part: str, tensors: Mapping[str, Tensor]) -> int:
         what = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise UnsupportedError(f"`{base}.{part}` is {what}, and quantkit reads one whole number there")
     return int(tensor)
+
+
+def _check_texts(base: str, bits: int, tensors: Mapping[str, Tensor]) -> None:
+    """SourceError unless the packing is that of the bits and dtypes are dtypes."""
+    texts = {part: _text(tensors[f"{base}.{part}"]) for part in _TEXTS if f"{base}.{part}" in tensors}
+    expected = _PACKING[bits][1]
+    for part, text in texts.items():
+        if part == "packing" and text != expected:
+            raise SourceError(f"`{base}.packing` is {text!r}, where {bits} bits are packed as {expected!r}")
+        if part != "packing" and text not in _DTYPES:
+            raise SourceError(f"`{base}.{part}` is {text!r}, which is no dtype: hqq would run it as code")
+
+
+def _text(stored: Tensor) -> str:
+    return bytes(stored.flatten()[:_LONGEST].to(torch.uint8).tolist()).decode("latin-1")
+
+
+def _missing(weight: StoredWeight) -> Iterator[Difference]:
+    wanted = ("packing", *(_STATED if "stores_quant_config" in weight.parts else ()))
+    for part in wanted:
+        if part not in weight.parts:
+            claim = f"hqq loads no weight without its `{part}`"
+            yield Difference(weight.name, claim, "has none", "hqq would stop there")
+
+
+def _own(weight: StoredWeight, linears: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What our config says of a weight: by its name, else by hqq's tag."""
+    found: Mapping[str, Any] | None = linears.get(weight.module) or linears.get(_tag(weight.module))
+    return found or {}
+
+
+def _claims(weight: StoredWeight, says: Mapping[str, Any]) -> Iterator[Difference]:
+    axis = 0 if weight.group[0] > 1 else 1
+    size = weight.group[axis]
+    groups = (size, None) if size == weight.shape[axis] else (size,)
+    harm = "hqq goes by the tensors, other readers by the config"
+    holds = {"nbits": (weight.bits,), "group_size": groups, "axis": (axis,), "shape": (list(weight.shape),)}
+    for key, fitting in holds.items():
+        if key in says and says[key] not in fitting:
+            yield Difference(weight.name, f"`{key}` is {says[key]}", f"has {fitting[0]}", harm)
 
 
 def _bits_of(packed: TensorInfo, scale: TensorInfo, config: Mapping[str, Any]) -> int:

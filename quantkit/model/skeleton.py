@@ -220,6 +220,22 @@ def _ties_embeddings(
         return said
 
 
+def tied_otherwise(skeleton: Skeleton, checkpoint: Checkpoint) -> str | None:
+    """How the tensors of a checkpoint contradict the `tie_word_embeddings` of its config, which the skeleton
+    does not follow then; other loaders do. None where they agree."""
+    said = bool(config_of(checkpoint).tie_word_embeddings)
+    embed, head = skeleton.ends
+    if said == bool(skeleton.model.config.tie_word_embeddings):
+        return None
+    if said:
+        return (
+            f"config.json says that `{head}` is `{embed}` (tie_word_embeddings), and the two differ: engines "
+            "that believe it drop one"
+        )
+    absent = next((end for end in (embed, head) if end not in skeleton.layout.tiles), head)
+    return f"`{absent}` is missing, and config.json says that nothing stands in for it (tie_word_embeddings)"
+
+
 def _stand_in(model: PreTrainedModel) -> None:
     """Ones for the small parameters outside the blocks, so that masks and positions can be made on CPU.
 

@@ -7,13 +7,14 @@ and what changes the meaning of weights beyond what the formats decode is refuse
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from quantkit.checkpoint import folder
 from quantkit.errors import UnsupportedError
+from quantkit.run.config_types import check_types
 
 Config = Mapping[str, Any]
 
@@ -33,21 +34,26 @@ _PACKINGS: Mapping[str, tuple[str, str | None]] = MappingProxyType(
 
 def find_config(path: Path, config: Config) -> Config | None:
     """What the checkpoint at `path` says about its quantization: in config.json, else in a file beside it."""
-    for key in CONFIG_KEYS:
-        found = config.get(key)
-        if isinstance(found, dict) and found:
-            return found
+    return next((stated for _, stated in stated_configs(path, config)), None)
+
+
+def stated_configs(path: Path, config: Config) -> Iterator[tuple[str, Config]]:
+    """(file, what it says) of all that speak of the quantization, the one that counts first."""
+    inside = (config.get(key) for key in CONFIG_KEYS)
+    found = next((stated for stated in inside if isinstance(stated, dict) and stated), None)
+    if found is not None:
+        yield folder.CONFIG, found
     for name in folder.QUANTIZATION_FILES:
         if (path / name).is_file():
             stated = folder.read_json(path / name)
-            return {"quant_method": "awq" if name == "quant_config.json" else "gptq", **stated}
-    return None
+            yield name, {"quant_method": "awq" if name == "quant_config.json" else "gptq", **stated}
 
 
 def writer(config: Config, metadata: Mapping[str, str]) -> str | None:
     """The tool and its version, where the config or the header of a weight file names them."""
-    quantizers = (config.get("meta") or {}).get("quantizer")
-    if quantizers:
+    meta = config.get("meta")
+    quantizers = meta.get("quantizer") if isinstance(meta, dict) else None
+    if isinstance(quantizers, str | list) and quantizers:
         named = [quantizers] if isinstance(quantizers, str) else quantizers
         return ", ".join(str(name).replace(":", " ") for name in named)
     if "autoround_version" in config:
@@ -70,7 +76,10 @@ def method_of(config: Config) -> str:
 
 
 def read_config(config: Config) -> tuple[str, Config]:
-    """(format, config as its reader understands it); UnsupportedError for what no format here reads."""
+    """(format, config as its reader understands it).
+
+    UnsupportedError for what no format here reads, SourceError for a config of which a key is malformed.
+    """
     method = method_of(config)
     reader = _READERS.get(method)
     if reader is None:
@@ -78,6 +87,7 @@ def read_config(config: Config) -> tuple[str, Config]:
         raise UnsupportedError(
             f"the quantization method '{method}' is not read by quantkit", remedy=f"it reads {known}"
         )
+    check_types(config)
     return reader(config)
 
 
@@ -147,7 +157,22 @@ def _compressed_tensors(config: Config) -> tuple[str, Config]:
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise _unread(f"sparse compressed-tensors ('{sparsity}')")
-    return "compressed_tensors", {**config, "config_groups": config.get("config_groups") or {}}
+    groups = (config.get("config_groups") or {}).items()
+    # a group without weights is about inputs alone
+    found = {
+        name: {**group, "weights": _arguments(group["weights"])}
+        for name, group in groups
+        if group.get("weights")
+    }
+    return "compressed_tensors", {**config, "config_groups": found}
+
+
+def _arguments(weights: Config) -> Config:
+    """With what the library takes where nothing is said, and tiles as it writes them now."""
+    tile = weights.get("block_structure")
+    if isinstance(tile, str):
+        tile = [int(n) for n in tile.split("x")]
+    return {**weights, "num_bits": weights.get("num_bits") or 8, "block_structure": tile}
 
 
 def _as_is(name: str) -> Callable[[Config], tuple[str, Config]]:

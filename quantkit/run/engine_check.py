@@ -193,7 +193,8 @@ def _judged(
     if mean <= LIMIT:
         return check(None, kl=mean, top1=top1)
     problem = (
-        f"it computes something else than the files say: KL {mean:.3g} nats per token "
-        f"(at most {LIMIT:g} is rounding), {top1:.0%} of the most likely tokens alike"
+        f"it computes something else than the files say: KL {mean:.3g} nats per token (at most {LIMIT:g} is "
+        f"rounding), {top1:.0%} of the most likely tokens alike; it reads them otherwise, or its weights are "
+        "damaged"
     )
     return check(problem, kl=mean, top1=top1)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from quantkit.checkpoint.folder import QUANTIZATION_FILES, is_extra, is_terms
 from quantkit.hub.manifest import CHECKS, MANIFEST, REPO_SCHEMA
 from quantkit.run.streams import sha256_file
 from quantkit.run.verification import Verification
 
 # written later, or by a person
 _APART = frozenset({MANIFEST, CHECKS, "README.md", ".gitattributes"})
+_TEMPLATES = "additional_chat_templates"
+# weights, what changes them or tells of them, and code; beside the files of tokenizers
+_LOADED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
+    *("*.h5", "*.msgpack", "adapter_*", "config.json", *QUANTIZATION_FILES, "*.py"),
+    *("params.json", "tekken.json"),
+)
 
 
 def check_sums(report: Verification, file: Path | None) -> None:
@@ -46,7 +55,25 @@ def check_sums(report: Verification, file: Path | None) -> None:
         )
     elif absent:
         report.problems += [f"`{name}` is missing" for name in absent]
+    if file is None and not several:
+        report.problems += [
+            f"`{name}` is not in quantkit.json, and what loads the folder would use it"
+            for name in _loaded(folder)
+            if name not in listed and name not in _APART
+        ]
     report.checks["sums"] = f"{looked:,} files of quantkit.json"
+
+
+def _loaded(folder: Path) -> list[str]:
+    """Files that loaders take up by their names, without being told of them."""
+    inside = (f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).glob("*.jinja"))
+    found = (path.name for path in folder.iterdir() if path.is_file() and _is_loaded(path.name))
+    return sorted([*inside, *found])
+
+
+def _is_loaded(name: str) -> bool:
+    settings = is_extra(name) and not is_terms(name)
+    return settings or any(fnmatchcase(name, pattern) for pattern in _LOADED)
 
 
 def _belonging(found: Any, name: str) -> set[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import UnsupportedError
+from quantkit.errors import SourceError, UnsupportedError
 from quantkit.formats.compressed_tensors.targets import groups_of
 from quantkit.model.emulate import CacheRounding
 from quantkit.model.fused import attention_of
@@ -43,7 +43,7 @@ class Runs:
         attention, dtype = attention_of(block), self.cache
         if dtype is None or attention is None:
             return None
-        k, v = self.scales[f"{attention}.k_scale"], self.scales[f"{attention}.v_scale"]
+        k, v = (_known(self.scales, f"{attention}.{part}") for part in ("k_scale", "v_scale"))
         return lambda keys, values: (cache_round(keys, dtype, k), cache_round(values, dtype, v))
 
 
@@ -83,6 +83,11 @@ def _inputs(name: str, quantized: QuantizedCheckpoint) -> InputRounding | None:
     if by_token:
         size = inputs.get("group_size") if strategy == "group" else None
         return InputRounding(Scheme(8, numbers=kind, activations=Activations(group_size=size)))
+    if f"{base}.input_scale" not in quantized.checkpoint.tensors:
+        raise SourceError(
+            f"the config says that the inputs of `{name}` have one scale, and no file holds it",
+            remedy="its quantization config belongs to another file: download both again",
+        )
     scale = quantized.checkpoint.read(f"{base}.input_scale")
     dtype = str(scale.dtype).removeprefix("torch.")
     if scale.numel() != 1 or dtype not in SCALE_DTYPES:
@@ -103,6 +108,15 @@ def _cache(scheme: Mapping[str, Any] | None) -> CacheDtype | None:
 def _cache_scales(quantized: QuantizedCheckpoint) -> dict[str, Tensor]:
     names = [n for n in quantized.checkpoint.tensors if n.endswith((".k_scale", ".v_scale"))]
     return {n: quantized.checkpoint.read(n).to(torch.float32).view(-1) for n in names}
+
+
+def _known(scales: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in scales:
+        raise SourceError(
+            f"the config names scales of the cache that no file holds: `{name}`",
+            remedy="remove kv_cache_scheme from the quantization config, or download the files again",
+        )
+    return scales[name]
 
 
 def _beyond(name: str, what: str) -> UnsupportedError:

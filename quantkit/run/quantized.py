@@ -24,7 +24,7 @@ from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint, TensorInfo, usual_dtype
 from quantkit.checkpoint.strict_json import parse_object
 from quantkit.errors import SourceError
-from quantkit.model.names import match_names
+from quantkit.model.names import Match, match_names
 from quantkit.model.skeleton import config_of, meta_model
 from quantkit.protocols import Format
 from quantkit.run.dialects import CONFIG_KEYS, find_config, read_config
@@ -176,20 +176,40 @@ def dequantized(quantized: QuantizedCheckpoint) -> Dequantized:
     Tensors that only make sense beside quantized weights are left out and reported in `dropped`: scales of
     a cache, zero biases of linears that have none in this architecture, divisors of one. Reads those only.
     """
-    stored = quantized.checkpoint
-    config = {key: value for key, value in stored.config.items() if key not in CONFIG_KEYS}
-    infos = _float_infos(quantized)
-    view = Dequantized(stored.path, MappingProxyType(config), infos, quantized, frozenset(), {})
-    model = meta_model(config_of(view), torch.float32)
-    orphans = match_names(model, {name: info.shape for name, info in infos.items()}).orphans
-    dropped = {name: why for name in orphans if (why := _idle(name, quantized)) is not None}
-    transposed = _transposed(model, quantized)
+    found = matched(quantized)
+    dropped = {name: why for name in found.match.orphans if (why := _idle(name, quantized)) is not None}
+    transposed = _transposed(found.model, quantized)
     shown = {
         name: _float_info(name, info.shape[::-1], info) if name in transposed else info
-        for name, info in infos.items()
+        for name, info in found.tensors.items()
         if name not in dropped
     }
-    return replace(view, tensors=MappingProxyType(shown), transposed=transposed, dropped=dropped)
+    view = _view(quantized, shown)
+    return replace(view, transposed=transposed, dropped=dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The architecture of a checkpoint on the meta device, and which tensor, seen as floats, fills what."""
+
+    tensors: Mapping[str, TensorInfo]
+    model: PreTrainedModel
+    match: Match
+
+
+def matched(quantized: QuantizedCheckpoint) -> Matched:
+    """UnsupportedError for an architecture that Transformers does not know."""
+    infos = _float_infos(quantized)
+    model = meta_model(config_of(_view(quantized, infos)), torch.float32)
+    return Matched(infos, model, match_names(model, {name: info.shape for name, info in infos.items()}))
+
+
+def _view(quantized: QuantizedCheckpoint, tensors: Mapping[str, TensorInfo]) -> Dequantized:
+    stored = quantized.checkpoint
+    config = {key: value for key, value in stored.config.items() if key not in CONFIG_KEYS}
+    return Dequantized(
+        stored.path, MappingProxyType(config), MappingProxyType(dict(tensors)), quantized, frozenset(), {}
+    )
 
 
 def open_floats(checkpoint: Checkpoint) -> Checkpoint:

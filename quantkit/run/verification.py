@@ -1,24 +1,21 @@
-"""What `verify` found, and how weights are held against what they should be."""
+"""What `verify` found."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from quantkit.checkpoint.reader import Checkpoint, first_nonfinite
+from quantkit.checkpoint.reader import first_nonfinite
 from quantkit.hub.manifest import Check
 from quantkit.recipe.sizes import format_size
 from quantkit.run.table import Table
 from quantkit.tensors import Affine, Codebook, Float, Lattice, QuantizedLinear, QuantizedTensor
 
 _SHOWN = 10
-# weights that have nothing in common are so far apart: ‖a − b‖² = ‖a‖² + ‖b‖²
-_UNRELATED = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,48 +130,7 @@ def nonfinite(name: str, tensor: Tensor) -> list[str]:
     return [] if place is None else [f"`{name}` is {tensor[place].item()} at index {list(place)}"]
 
 
-def compare(report: Verification, name: str, weight: Tensor, source: Checkpoint) -> list[str]:
-    """Note how far a quantized weight is from the source's; what is wrong when they cannot be compared."""
-    if name not in source.tensors:
-        return [f"`{name}` is not in the source"]
-    original = source.read(name).float()
-    if weight.shape != original.shape and weight.shape == original.T.shape:
-        original = original.T
-    if weight.shape != original.shape:
-        return [f"`{name}` is {tuple(weight.shape)}, the source has {tuple(original.shape)}"]
-    norm = float(original.norm())
-    distance = float(weight.sub_(original).norm())
-    report.differences.append(Difference(name, distance / norm if norm else distance))
-    return []
-
-
-def compare_rest(
-    report: Verification, view: Checkpoint, source: Checkpoint, quantized: Collection[str]
-) -> None:
-    """What is not quantized should be the source's; where it is not, factors were folded into it."""
-    plain = [n for n in view.tensors if n not in quantized and n in source.tensors]
-    changed = [n for n in plain if not _alike(view.read(n), source.read(n))]
-    report.checks["against"] = f"{len(plain) - len(changed):,} of {len(plain):,} tensors equal the source's"
-    if changed:
-        folded = (
-            ": factors were folded into them, as AWQ and SmoothQuant do, so weights differ by those too"
-            if quantized
-            else ""
-        )
-        report.notes.append(f"{_listed(changed)} differ from the source{folded}")
-        return
-    unrelated = [d.name for d in report.differences if d.error >= _UNRELATED]
-    if unrelated:
-        report.problems.append(f"{_listed(unrelated)} have nothing in common with the source's")
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Equal but for a cast to another float dtype, which tools do to what they do not quantize."""
-    if a.shape != b.shape or (a.dtype == b.dtype and torch.equal(a, b)):
-        return a.shape == b.shape
-    return torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-6)
-
-
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of them, for a message."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(f"`{name}`" for name in names[:3]) + more

@@ -7,13 +7,19 @@ problem with the name of the tensor; what only limits the look that was taken be
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from quantkit.checkpoint import folder
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.hub.manifest import MANIFEST
-from quantkit.model.build import build_graph
+from quantkit.model.build import graph_of
+from quantkit.model.skeleton import Skeleton, tied_otherwise
+from quantkit.run.config_check import check_config, check_token_ids
 from quantkit.run.coverage_check import check_folder_coverage
 from quantkit.run.engine_check import check_engine
 from quantkit.run.file_sums import check_sums
@@ -21,10 +27,15 @@ from quantkit.run.gguf_source import find_gguf
 from quantkit.run.gguf_source.verify import check_gguf
 from quantkit.run.plan import locate
 from quantkit.run.progress import SILENT, Progress
+from quantkit.run.quantization_check import check_plain, check_quantization, stored_weight
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized, open_source
+from quantkit.run.source_check import Rules, SourceCheck, told_manifest
 from quantkit.run.tokenizer_check import check_tokenizer
-from quantkit.run.verification import Verification, compare, compare_rest, floats_of, nonfinite
+from quantkit.run.verification import Verification, floats_of, nonfinite
 from quantkit.tensors import dequantize
+
+# what AutoGPTQ calls its files, which other engines than Transformers find
+_AUTOGPTQ = "gptq_model"
 
 
 def verify(
@@ -109,36 +120,82 @@ def _check_folder(
     report.checks["headers"] = f"{len(checkpoint.tensors):,} tensors, {checkpoint.size_bytes:,} bytes"
     if isinstance(view, Dequantized):
         counts = Counter(view.dropped.values())
-        report.notes += [f"{count:,} tensors left out: {why}" for why, count in counts.items()]
-    _check_names(report, view)
+        report.notes += [f"{n:,} tensor{'' if n == 1 else 's'} left out: {why}" for why, n in counts.items()]
+    ours = (path / MANIFEST).is_file()
+    _check_file_names(report, checkpoint)
+    _check_names(report, view, tokens_of)
+    check_token_ids(report, view, tokens_of)
     progress.step("verify", f"{len(checkpoint.tensors):,} tensors")
-    _check_values(report, checkpoint, quantized, source)
     parts = quantized.parts if quantized is not None else {}
-    check_folder_coverage(report, checkpoint.tensors, parts)
+    beside = None
     if source is not None:
-        compare_rest(report, view, source, parts)
-    check_tokenizer(report, view, tokens_of, ours=(path / MANIFEST).is_file())
+        check_config(report, view, source, ours=ours)
+        beside = SourceCheck(report, view, source, parts, Rules.of(told_manifest(path), ours=ours))
+    _check_values(report, checkpoint, quantized, _shown(view, beside))
+    if beside is not None:
+        beside.finish()
+    check_folder_coverage(report, checkpoint.tensors, parts)
+    check_tokenizer(report, view, tokens_of, ours=ours)
 
 
-def _check_names(report: Verification, view: Checkpoint) -> None:
+def _check_file_names(report: Verification, checkpoint: Checkpoint) -> None:
+    """Transformers looks for two names alone, unless the config names another."""
+    names = {info.file.name for info in checkpoint.tensors.values()}
+    stated = checkpoint.config.get("transformers_weights")
+    if folder.SINGLE_FILE in names or stated in names or not names:
+        return
+    index = folder.index_file([f.name for f in checkpoint.path.iterdir()])
+    if index in (f"{folder.SINGLE_FILE}.index.json", stated) and index is not None:
+        return
+    found = min(names)
+    said = report.notes if found.startswith(_AUTOGPTQ) else report.problems
+    said.append(
+        f"Transformers does not find `{found}`: it looks for `{folder.SINGLE_FILE}` or "
+        f"`{folder.SINGLE_FILE}.index.json`"
+    )
+
+
+def _check_names(report: Verification, view: Checkpoint, like: Checkpoint | None) -> None:
     """Every parameter of the architecture is filled, in its shape, and nothing is left over."""
     try:
-        graph = build_graph(view)
+        skeleton = Skeleton.open(view, torch.float32)
+        graph = graph_of(skeleton, view)
     except SourceError as error:
         report.problems.append(error.message)
     except UnsupportedError as error:
         report.notes.append(f"names and shapes were not compared with the architecture: {error.message}")
     else:
-        report.checks["architecture"] = f"{len(graph.blocks):,} blocks, every parameter filled"
+        odd = tied_otherwise(skeleton, view)
+        if odd is None:
+            report.checks["architecture"] = f"{len(graph.blocks):,} blocks, every parameter filled"
+            return
+        same = like is not None and _tied_otherwise(like) == odd
+        (report.notes if same else report.problems).append(odd)
+
+
+def _tied_otherwise(source: Checkpoint) -> str | None:
+    """As `tied_otherwise`; None, too, where that is not known."""
+    try:
+        return tied_otherwise(Skeleton.open(source, torch.float32), source)
+    except (SourceError, UnsupportedError):
+        return None
+
+
+def _shown(view: Checkpoint, beside: SourceCheck | None) -> Callable[[str, Tensor], None] | None:
+    """What takes a decoded weight (out, in), to compare it in the order that the model keeps it in."""
+    if beside is None:
+        return None
+    transposed = view.transposed if isinstance(view, Dequantized) else frozenset[str]()
+    return lambda name, values: beside.weight(name, values.T if name in transposed else values)
 
 
 def _check_values(
     report: Verification,
     checkpoint: Checkpoint,
     quantized: QuantizedCheckpoint | None,
-    source: Checkpoint | None,
+    compare: Callable[[str, Tensor], None] | None,
 ) -> None:
-    """Every quantized weight decodes, and every float is finite."""
+    """Every quantized weight decodes, and every float is finite; `compare` is told those that do."""
     parts = {} if quantized is None else quantized.parts
     inside = {part for found in parts.values() for part in found}
     floats = 0
@@ -148,15 +205,19 @@ def _check_values(
             floats += 1
     report.checks["floats"] = f"{floats:,} tensors, all read"
     if quantized is None:
+        check_plain(report, checkpoint)
         return
+    weights = []
     for name in parts:
         try:
             linear = quantized.linear(name)
         except (SourceError, UnsupportedError) as error:
             report.problems.append(error.message)
             continue
+        weights.append(stored_weight(quantized, linear))
         bad = [problem for what, tensor in floats_of(linear) for problem in nonfinite(what, tensor)]
         report.problems += bad
-        if source is not None and not bad:
-            report.problems += compare(report, name, dequantize(linear.weight), source)
+        if compare is not None and not bad:
+            compare(name, dequantize(linear.weight))
     report.checks["weights"] = f"{len(parts):,} quantized ({quantized.format_name}), all decoded"
+    check_quantization(report, quantized, weights)

@@ -18,6 +18,7 @@ from quantkit import registry
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.errors import UnsupportedError
 from quantkit.model.graph import Part, Weight
+from quantkit.model.stored import StoredModel, StoredWeight
 from quantkit.protocols import Assigned, Format, FormatFacts
 from quantkit.recipe.plugins import shortcuts
 from quantkit.schemes import COMMON, CacheDtype, Convention, Scheme, parse_scheme
@@ -167,6 +168,20 @@ def test_same_input_same_bytes_and_the_input_stays(name: str, scheme: Scheme, rn
         first = digest(format_of(name).encode(given, scheme))
         assert digest(format_of(name).encode(given, scheme)) == first
         assert same(given.weight, before.weight) and same(given.input_scale, before.input_scale)
+
+
+@CASES
+def test_a_config_agrees_with_what_it_describes(name: str, scheme: Scheme, rng: torch.Generator) -> None:
+    fmt = format_of(name)
+    for weight, linear in linears(name, scheme, rng):
+        tensors, says = fmt.encode(linear, scheme), config(name, scheme, weight)
+        infos = {
+            n: TensorInfo(n, SAFETENSORS[t.dtype], tuple(t.shape), Path("x"), 0, t.nbytes)
+            for n, t in tensors.items()
+        }
+        found = StoredWeight.of(fmt.decode(NAME, tensors, says), infos)
+        stored = StoredModel((found,), {}, frozenset(("lm_head",)), frozenset(tensors))
+        assert list(fmt.disagreements(stored, says)) == []
 
 
 @CASES

@@ -9,6 +9,9 @@ import torch
 
 from quantkit import registry
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.run.quantization_check import check_quantization, stored_weight
+from quantkit.run.quantized import open_quantized
+from quantkit.run.verification import Verification
 from quantkit.tensors import dequantize
 
 pytestmark = pytest.mark.interop
@@ -58,3 +61,16 @@ def test_two_exports_of_one_tuning_are_equal(shared: Path) -> None:
     one, other = (decoded(shared / "strangers" / folder, WRITTEN[folder]) for folder in folders)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("stranger", [*WRITTEN, "autoawq", "autoround-auto-awq-w4g128"])
+def test_their_configs_say_what_their_tensors_are(stranger: str, shared: Path) -> None:
+    folder = shared / "strangers" / stranger
+    if not folder.is_dir():
+        pytest.skip(f"needs strangers/{stranger} in ../shared")
+    quantized = open_quantized(Checkpoint.open(folder))
+    assert quantized is not None and len(quantized.parts) == 14
+    report = Verification(folder)
+    weights = [stored_weight(quantized, quantized.linear(name)) for name in quantized.parts]
+    check_quantization(report, quantized, weights)
+    assert report.problems == []

@@ -12,7 +12,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,11 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
 from quantkit.formats.awq.activations import ACTIVATIONS, divisors
+from quantkit.formats.awq.claims import disagreements
 from quantkit.formats.awq.engines import engines_of, kept_modules, scheme_of
 from quantkit.formats.awq.layouts import BITS, MIDDLE, PER_WORD, pack_gemm, read, size_of, version_of
 from quantkit.model.graph import Weight
+from quantkit.model.stored import StoredModel
 from quantkit.numerics.bits import unsigned
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
@@ -138,6 +140,9 @@ class Awq:
         base = name.removesuffix(".weight")
         parts = {key.removeprefix(f"{base}."): tensor for key, tensor in tensors.items()}
         return QuantizedLinear(name, read(base, parts, config))
+
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        return disagreements(stored, config)
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         scheme = scheme_of(facts)

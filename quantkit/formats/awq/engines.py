@@ -94,7 +94,7 @@ def _advice(facts: FormatFacts, loads: tuple[str, ...]) -> Iterator[str]:
     """What to know where it does load."""
     scheme, weights = scheme_of(facts), _quantized(facts)
     if scheme.sym:
-        yield "readers of AWQ want zero points, so 8 is stored for each: _asym takes no more space"
+        yield "readers of AWQ want zero points, so 8 is stored for each: asymmetric codes take no more space"
     if "SGLang" not in loads:
         return
     if scheme.group_size == 16:

@@ -13,7 +13,7 @@ A linear X with weight (out, in), groups of B inputs, n = out·in/B groups in ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -24,8 +24,10 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
 from quantkit.formats.bitsandbytes import int8, tables
+from quantkit.formats.bitsandbytes.claims import disagreements
 from quantkit.model.fused import fusing_problem
 from quantkit.model.graph import Weight
+from quantkit.model.stored import StoredModel
 from quantkit.numerics.stored import NESTED_GROUP
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
@@ -156,6 +158,9 @@ class Bitsandbytes:
         weight = int8.decode(parts) if "SCB" in parts else tables.decode(name, parts)
         return QuantizedLinear(name, weight)
 
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        return disagreements(stored, config)
+
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         schemes = [a.scheme for a in facts.assigned if a.scheme is not None] or [facts.default]
         thresholds = {_threshold(scheme) for scheme in schemes}
@@ -190,7 +195,7 @@ class Bitsandbytes:
     def engines(self, facts: FormatFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         loads = ["transformers"]
         notes = [
-            "vLLM, TGI and llama.cpp do not read bitsandbytes files; compressed_tensors is for vLLM",
+            "vLLM 0.33 reads no bitsandbytes files any more: compressed_tensors is for vLLM",
             'leave dtype at "auto" when loading: norms and embeddings keep the stored dtype whatever it says',
         ]
         if any(".experts." in a.weight.name for a in facts.assigned):

@@ -14,7 +14,7 @@ and X.input_scale (1,) where one scale of the inputs comes from calibration. Key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
 from quantkit.formats.compressed_tensors import floats, integers
+from quantkit.formats.compressed_tensors.claims import disagreements
 from quantkit.formats.compressed_tensors.config import config_of
 from quantkit.formats.compressed_tensors.engines import engines_of
 from quantkit.formats.compressed_tensors.layouts import PARTS, refusal, static_inputs
 from quantkit.model.graph import Weight
+from quantkit.model.stored import StoredModel
 from quantkit.protocols import Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
 from quantkit.tensors import QuantizedLinear
@@ -146,6 +148,9 @@ class CompressedTensors:
         weight = (integers if whole else floats).decode(base, parts, config)
         scale = parts.get(_INPUTS)
         return QuantizedLinear(name, weight, None if scale is None else scale.view(1))
+
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        return disagreements(stored, config)
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         return config_of(facts)

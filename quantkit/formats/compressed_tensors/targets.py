@@ -21,11 +21,12 @@ def patterns(modules: Sequence[str]) -> list[str]:
 def groups_of(module: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The config groups that apply to a module: by name or pattern first, then by class."""
     groups: list[Mapping[str, Any]] = list(config["config_groups"].values())
-    named = [g for g in groups if any(_names(t, module) for t in g["targets"])]
+    named = [g for g in groups if any(names(t, module) for t in g["targets"])]
     return named or [g for g in groups if "Linear" in g["targets"]]
 
 
-def _names(target: str, module: str) -> bool:
+def names(target: str, module: str) -> bool:
+    """Whether a target, or an entry of `ignore`, is the module or a pattern of its path."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target == module

@@ -12,7 +12,7 @@ in v1 and readers that add the constant word-wise then damage the neighbouring c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor
 from quantkit.checkpoint.reader import TensorInfo
 from quantkit.checkpoint.writer import TensorSpec
 from quantkit.errors import UnsupportedError
+from quantkit.formats.gptq.claims import disagreements
 from quantkit.formats.gptq.engines import engines_of
 from quantkit.model.graph import Weight
+from quantkit.model.stored import StoredModel
 from quantkit.numerics.bits import pack, packed_width, signed, unpack, unsigned
 from quantkit.protocols import Assigned, Container, FormatFacts
 from quantkit.schemes import CacheDtype, Convention, Scheme, parse_scheme
@@ -158,6 +160,9 @@ class Gptq:
                 column_group=None if torch.equal(g_idx, trivial) else g_idx,
             ),
         )
+
+    def disagreements(self, stored: StoredModel, config: Mapping[str, Any]) -> Iterator[str]:
+        return disagreements(stored, config)
 
     def config(self, facts: FormatFacts) -> Mapping[str, Any]:
         default = facts.default

@@ -13,12 +13,14 @@ from quantkit.gguf.types import TYPES
 from quantkit.gguf.vocabulary import reference
 from quantkit.hub.manifest import MANIFEST
 from quantkit.run.coverage_check import check_gguf_coverage
+from quantkit.run.gguf_source.metadata_check import check_counts, check_metadata
 from quantkit.run.gguf_source.opening import open_gguf, tokenizer_folder
 from quantkit.run.gguf_source.view import FLOATS, GgufCheckpoint
 from quantkit.run.llama_tokens import llama_differences
 from quantkit.run.progress import Progress
+from quantkit.run.source_check import Rules, SourceCheck, told_manifest
 from quantkit.run.tokenizer_check import check_template
-from quantkit.run.verification import Verification, compare, compare_rest, floats_of, nonfinite
+from quantkit.run.verification import Verification, floats_of, nonfinite
 from quantkit.tensors import QuantizedLinear
 
 
@@ -40,29 +42,38 @@ def check_gguf(
     progress.step("verify", f"{len(opened.tensors):,} tensors")
     finite = _check_stored(report, opened)
     check_gguf_coverage(report, opened)
+    check_counts(report, opened)
+    ours = (file.parent / MANIFEST).is_file()
     view = _opened(report, file, source)
+    if source is not None:
+        check_metadata(report, opened, source, ours=ours)
     if view is None:
         return
     report.checks["architecture"] = f"{len(view.tensors):,} tensors of the model, all there"
     if source is not None:
         quantized = [name for name in view.tensors if view.kind(name) not in FLOATS]
-        if finite:
-            for name in quantized:
-                report.problems += compare(report, name, view.read(name), source)
-        compare_rest(report, view, source, quantized)
+        rules = Rules.of(told_manifest(file.parent, file.name), ours=ours)
+        beside = SourceCheck(report, view, source, quantized, rules)
+        for name in quantized if finite else ():
+            beside.weight(name, view.read(name))
+        beside.finish()
     _check_tokens(report, view, tokens_of)
 
 
 def _opened(report: Verification, file: Path, source: Checkpoint | None) -> GgufCheckpoint | None:
     """The file as a checkpoint, with the names of the source where there is one; None when that fails."""
-    try:
-        own = open_gguf(file)
-        return own if source is None else open_gguf(file, like=source)
-    except SourceError as error:
-        report.problems.append(error.message)
-    except UnsupportedError as error:
-        report.notes.append(f"names and shapes were not compared with the architecture: {error.message}")
-    return None
+    found = None
+    for like in (None,) if source is None else (None, source):
+        try:
+            found = open_gguf(file, like=like)
+        except SourceError as error:
+            report.problems.append(error.message)
+            return None
+        except UnsupportedError as error:
+            note = f"names and shapes were not compared with the architecture: {error.message}"
+            report.notes += [] if note in report.notes else [note]
+            found = None
+    return found
 
 
 def _check_stored(report: Verification, opened: Opened) -> bool:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import UnsupportedError
+from quantkit.errors import SourceError, UnsupportedError
+from quantkit.model.graph import Block, Site, Weight
 from quantkit.numerics.inputs import InputRounding
 from quantkit.run.inputs import Runs, runs_of
 from quantkit.run.quantized import QuantizedCheckpoint
@@ -98,3 +99,14 @@ def test_scales_of_a_cache(stored: Checkpoint) -> None:
     found = runs(stored, None, cache={"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False})
     assert found.cache == "fp8"
     assert {n: float(t) for n, t in found.scales.items()} == {"a.k_scale": 0.25, "a.v_scale": 2.0}
+
+
+def test_scales_that_no_file_holds(stored: Checkpoint) -> None:
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    found = runs(stored, None, cache=cache)
+    with pytest.raises(SourceError, match=r"names scales of the cache that no file holds: `b\.k_scale`"):
+        found.cache_of(Block(0, (Site("b", (Weight("b.k_proj.weight", (8, 8), "k"),)),), (), attentions=1))
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": STATIC}
+    config = {"config_groups": {"group_0": group}}
+    with pytest.raises(SourceError, match=r"the inputs of `b.y.weight` have one scale, and no file holds it"):
+        runs_of(QuantizedCheckpoint(stored, "compressed_tensors", config, {"b.y.weight": ()}))
