@@ -225,7 +225,7 @@ def engines(base: Path) -> dict[str, Any]:
     rows, absent = [], []
     for text, target in zip(TARGETS, report.targets, strict=True):
         made = read_manifest(out / target.folder)
-        checks = read_checks(out / target.folder, made.key) or ()
+        checks = read_checks(out / target.folder, made.files_key) or ()
         if not checks:
             absent.append(text)
         rows += [
