@@ -28,7 +28,7 @@ from benchmarks.protocol import recipe, refused
 from benchmarks.record import load, save
 from benchmarks.second_model import FOLDER, second_model
 from quantkit.methods import gptq
-from quantkit.run.progress import BlockInfo, Silent
+from quantkit.progress import BlockInfo, Silent
 from quantkit.run.report import TargetReport
 
 NAME = "ablation"

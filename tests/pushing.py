@@ -16,8 +16,8 @@ from quantkit.hub.push.published import PICTURE
 from quantkit.hub.push.push import Pushed, push
 from quantkit.hub.push.remote import RemoteState
 from quantkit.hub.push.session import Options
+from quantkit.progress import Silent
 from quantkit.recipe.spec import Publish
-from quantkit.run.progress import Silent
 from tests.hubserver import HubServer
 from tests.hubserver.client import ALICE
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 import quantkit
 from benchmarks.memory import write_checkpoint
 from benchmarks.record import save
-from quantkit.run.progress import BlockInfo, Silent
+from quantkit.progress import BlockInfo, Silent
 
 LENGTH, POLISH = 2048, 3
 TARGETS = ("gptq:w4g128", "gptq:w4g128@method=rtn", "compressed_tensors:w8@method=rtn")

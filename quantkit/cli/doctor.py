@@ -17,7 +17,7 @@ from quantkit import __version__, registry
 from quantkit.cli.help import Command
 from quantkit.cli.output import Output, common_options
 from quantkit.recipe.sizes import format_size
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 _UNFINISHED = ".incomplete"
 _OURS = ".quantkit.incomplete"  # `resume.PARTIAL`, which needs a client that can be imported

@@ -11,7 +11,7 @@ import click
 from quantkit import registry
 from quantkit.cli.help import Command
 from quantkit.cli.output import Output, common_options
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 if TYPE_CHECKING:
     from quantkit.schemes import Scheme

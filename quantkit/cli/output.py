@@ -15,7 +15,7 @@ import click
 
 from quantkit.cli.help import Option
 from quantkit.cli.printable import printable
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 C = TypeVar("C", bound=Callable[..., Any])
 PROGRESS = ("auto", "bar", "lines", "json", "off")

@@ -13,8 +13,8 @@ from typing import IO, Any, Self
 
 from quantkit.cli.output import Output
 from quantkit.cli.printable import printable
+from quantkit.progress import BlockInfo, Eta, Rate, Silent
 from quantkit.recipe.sizes import format_size
-from quantkit.run.progress import BlockInfo, Eta, Rate, Silent
 
 SILENCE = 30.0  # seconds after which a line says that work goes on
 EVERY = 5.0  # seconds between two lines about one transfer

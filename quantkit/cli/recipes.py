@@ -14,7 +14,7 @@ from quantkit.cli.help import SETTINGS, Command, Option
 from quantkit.cli.output import Output, common_options
 from quantkit.errors import RecipeError, UsageError
 from quantkit.recipe.check import suggest
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 _SCHEMA = "recipe-1.schema.json"
 

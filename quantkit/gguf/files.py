@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+SUFFIX = ".gguf"
 # one file of a model that is split: all lie in one folder, and engines load the first
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 # in names of what lies beside models, and is none

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import folder
 from quantkit.errors import SourceError
-from quantkit.run.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from quantkit.hub.client import Repo

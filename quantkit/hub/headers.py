@@ -17,12 +17,12 @@ import torch
 
 from quantkit.checkpoint.header import PREFIX_BYTES, TensorInfo, header_length, parse_header
 from quantkit.checkpoint.header_file import HeaderFile
+from quantkit.checkpoint.stored_shapes import shape_in, states_shape
 from quantkit.errors import SourceError
 from quantkit.gguf import container
+from quantkit.gguf.architectures.rope import GENERATED
+from quantkit.gguf.files import SUFFIX
 from quantkit.hub.ranges import FAR, Ranges
-from quantkit.run.gguf_source.find import SUFFIX
-from quantkit.run.gguf_source.rope import GENERATED
-from quantkit.run.quantized import shape_in, states_shape
 
 # Bytes asked for at once: most headers of safetensors are shorter, those of GGUF hold a vocabulary
 _FIRST, _FIRST_GGUF = 2**16, 2**20

@@ -24,7 +24,7 @@ from quantkit.hub.client import Repo
 from quantkit.hub.listing import Listed, cache_folder, listing
 from quantkit.hub.ranges import Ranges
 from quantkit.hub.selection import Choice
-from quantkit.run.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress
 
 _WORKERS = 8
 _log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from quantkit.hub.client import Repo
 from quantkit.hub.listing import Listed, Verified, cache_folder, known_listing, listing
 from quantkit.hub.selection import Choice
 from quantkit.hub.transfer import Meter, bar_class
+from quantkit.progress import SILENT, Progress
 from quantkit.recipe.sizes import format_size
-from quantkit.run.progress import SILENT, Progress
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _log = logging.getLogger(__name__)

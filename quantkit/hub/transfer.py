@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quantkit.run.progress import Progress
+from quantkit.progress import Progress
 
 _BYTES = "huggingface_hub.snapshot_download"  # the client's name of the bar that counts bytes of files
 

@@ -28,6 +28,7 @@ from quantkit.hub.fetch import Source
 from quantkit.model.build import build_graph
 from quantkit.model.graph import Block
 from quantkit.model.runtime import Runtime
+from quantkit.progress import SILENT, BlockInfo, Progress
 from quantkit.recipe.plan import key_of
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, Calibration, Device
@@ -36,13 +37,12 @@ from quantkit.run.advance import Streams
 from quantkit.run.estimate import BASE_BYTES, context
 from quantkit.run.gguf_source import tokenizer_folder
 from quantkit.run.plan import check_floats, locate
-from quantkit.run.progress import SILENT, BlockInfo, Progress
 from quantkit.run.quantized import open_source
 from quantkit.run.results import BlockResult
 from quantkit.run.rows import mixture
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 _STORE = ".quantkit"
 _SHOWN = 8

@@ -17,9 +17,9 @@ from quantkit.hub.licences import Licence
 from quantkit.hub.push.publication import README, Placed, Publication
 from quantkit.hub.push.published import PICTURE
 from quantkit.hub.push.remote import RemoteState
+from quantkit.progress import Progress
 from quantkit.recipe.spec import Publish
 from quantkit.run.gguf_source import find_gguf
-from quantkit.run.progress import Progress
 from quantkit.run.prompt import prompt_example
 
 

@@ -14,6 +14,7 @@ from quantkit.errors import UsageError, VerifyError
 from quantkit.evaluate.quality import Quality
 from quantkit.hub.manifest import Kept, Manifest, read_manifest
 from quantkit.model.runtime import Runtime
+from quantkit.progress import SILENT, Progress
 from quantkit.recipe.dump import dump
 from quantkit.recipe.plan import TargetPlan, key_of
 from quantkit.recipe.spec import Recipe
@@ -28,7 +29,6 @@ from quantkit.run.gguf_source import tokenizer_folder
 from quantkit.run.manifest import kept_beside, kept_inside, origin, recipe_text, versions
 from quantkit.run.measure import measure
 from quantkit.run.plan import Plan, plan
-from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantize import TensorMetrics
 from quantkit.run.report import Report, TargetReport
 from quantkit.run.rows import build_rows

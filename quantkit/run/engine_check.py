@@ -32,12 +32,12 @@ from quantkit.evaluate.scores import beside_source
 from quantkit.hub.manifest import CHECKS, Check, checks_json, read_checks
 from quantkit.model.build import build_graph
 from quantkit.model.runtime import Runtime
+from quantkit.progress import SILENT, Progress
 from quantkit.run import budget
 from quantkit.run.engine_choice import Chosen, choose
 from quantkit.run.export import to_json_text
 from quantkit.run.gguf_source import find_gguf, tokenizer_folder
 from quantkit.run.inputs import Runs, runs_of
-from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantized import Dequantized, open_source
 
 LIMIT = 0.01  # nats per token

@@ -21,7 +21,7 @@ from quantkit.run.gguf_source import find_gguf
 from quantkit.run.gguf_source.facts import GgufFacts
 from quantkit.run.plan import architecture
 from quantkit.run.quantized import QuantizedCheckpoint, open_quantized
-from quantkit.run.table import Table
+from quantkit.table import Table
 from quantkit.tensors import Affine, QuantizedTensor, values
 
 

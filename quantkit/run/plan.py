@@ -20,6 +20,7 @@ from quantkit.hub import fetch
 from quantkit.hub.fetch import Source
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
+from quantkit.progress import SILENT, Progress
 from quantkit.recipe.plan import Described, Resolved, TargetPlan, resolve
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import DEFAULT_LENGTH, Recipe
@@ -29,9 +30,8 @@ from quantkit.run.gguf import Title, plan_target
 from quantkit.run.gguf_file import GgufFile
 from quantkit.run.gguf_source import GgufCheckpoint
 from quantkit.run.known import Known, known_importance
-from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantized import Dequantized, open_source
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 DEMO = "demo"
 _FLOATS = ("BF16", "F16", "F32", "F64")

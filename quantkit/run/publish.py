@@ -30,13 +30,13 @@ from quantkit.hub.push.push import Pushed, push
 from quantkit.hub.push.record import RECORD, Record
 from quantkit.hub.push.refusals import Place, distinct, in_one_line
 from quantkit.hub.push.session import Options, Session
+from quantkit.progress import SILENT, Progress
 from quantkit.recipe.spec import Publish
 from quantkit.run import ahead
 from quantkit.run.cards import Cards
 from quantkit.run.engine_check import check_target
 from quantkit.run.manifest import origin
 from quantkit.run.plan import Plan
-from quantkit.run.progress import SILENT, Progress
 
 _TIMEOUT = 30.0  # seconds; the client has none for this question
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkit import registry
 from quantkit.checkpoint.header_file import NotDownloaded
 from quantkit.checkpoint.reader import Checkpoint, TensorInfo, usual_dtype
-from quantkit.checkpoint.strict_json import parse_object
+from quantkit.checkpoint.stored_shapes import shape_in, states_shape
 from quantkit.errors import SourceError
 from quantkit.model.names import Match, match_names
 from quantkit.model.skeleton import config_of, meta_model
@@ -32,7 +32,6 @@ from quantkit.run.gguf_source import find_gguf, open_gguf
 from quantkit.tensors import Affine, QuantizedLinear, QuantizedTensor, dequantize, shape
 
 _DAMAGED = "the file is damaged, or its quantization config belongs to another: download both again"
-_STATE = ".quant_state."
 _CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
 
 
@@ -90,18 +89,6 @@ class QuantizedCheckpoint:
 
     def _place(self, name: str) -> str:
         return f"`{name}` in `{self.checkpoint.tensors[self.parts[name][0]].file}`"
-
-
-def states_shape(part: str) -> bool:
-    """Whether a tensor of this name holds the shape of a weight: what has to be read to plan."""
-    return _STATE in part or part.endswith("shape")
-
-
-def shape_in(part: str, stored: Tensor) -> tuple[int, int]:
-    """(out, in) that such a tensor holds; ValueError, KeyError or TypeError when it holds something else."""
-    content = stored.tolist()
-    out, width = parse_object(bytes(content))["shape"] if _STATE in part else content
-    return int(out), int(width)
 
 
 def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint | None:

@@ -20,6 +20,7 @@ from quantkit.hub.fetch import Source
 from quantkit.hub.manifest import Manifest, find_manifest, read_manifest
 from quantkit.model.build import build_graph
 from quantkit.model.graph import ModelGraph
+from quantkit.progress import SILENT, Progress
 from quantkit.recipe.plan import key_of
 from quantkit.recipe.plugins import format_info
 from quantkit.recipe.sizes import format_size
@@ -28,12 +29,11 @@ from quantkit.run.files import parameters
 from quantkit.run.folder import PackedFolder
 from quantkit.run.gguf import Moved, block_type
 from quantkit.run.manifest import origin, versions
-from quantkit.run.progress import SILENT, Progress
 from quantkit.run.proof import Made, Proof, prove
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized
 from quantkit.run.streams import sha256_file
 from quantkit.run.survey import Found, schemes_for, survey
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 GGUF = "gguf"
 

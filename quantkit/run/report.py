@@ -14,7 +14,7 @@ from quantkit.hub.manifest import Check
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import Gates
 from quantkit.run.quantize import TensorMetrics
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 
 @dataclass(frozen=True, slots=True)

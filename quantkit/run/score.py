@@ -27,6 +27,7 @@ from quantkit.evaluate.scores import TokenScores, beside_source, perplexity, qua
 from quantkit.hub.fetch import Source
 from quantkit.model.build import build_graph
 from quantkit.model.runtime import Runtime
+from quantkit.progress import SILENT, BlockInfo, Progress
 from quantkit.recipe.sizes import format_size
 from quantkit.recipe.spec import Device, Eval, EvalText
 from quantkit.run import budget
@@ -36,12 +37,11 @@ from quantkit.run.gguf_source import GgufCheckpoint, tokenizer_folder
 from quantkit.run.inputs import Runs, runs_of
 from quantkit.run.measure import LOGITS
 from quantkit.run.plan import locate
-from quantkit.run.progress import SILENT, BlockInfo, Progress
 from quantkit.run.quantized import Dequantized, open_source
 from quantkit.run.rows import Windows, evaluation_rows
 from quantkit.run.store import RunStore
 from quantkit.run.streams import REFERENCE, RowSet
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from quantkit.calibrate.statistics import Need, Statistics
 from quantkit.errors import Interrupted
 from quantkit.model.graph import Block, Site
 from quantkit.model.runtime import LoadedBlock, Runtime
+from quantkit.progress import BlockError, BlockInfo, Progress
 from quantkit.recipe.plan import TargetPlan
 from quantkit.run.advance import Streams
 from quantkit.run.budget import pools, release_memory, waves
@@ -28,7 +29,6 @@ from quantkit.run.ends import EMBED, Ends
 from quantkit.run.fold import Proof, fold_site
 from quantkit.run.folded import Fold, divide_rows, rewritten
 from quantkit.run.known import Known
-from quantkit.run.progress import BlockError, BlockInfo, Progress
 from quantkit.run.quantize import Made, Rescaled, TensorMetrics, quantize_site
 from quantkit.run.replay import CacheRange, QuantizedBlock
 from quantkit.run.results import BlockResult

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.checkpoint.reader import first_nonfinite
 from quantkit.hub.manifest import Check
 from quantkit.recipe.sizes import format_size
-from quantkit.run.table import Table
+from quantkit.table import Table
 from quantkit.tensors import Affine, Codebook, Float, Lattice, QuantizedLinear, QuantizedTensor
 
 _SHOWN = 10

@@ -19,6 +19,7 @@ from quantkit.errors import SourceError, UnsupportedError
 from quantkit.hub.manifest import MANIFEST
 from quantkit.model.build import graph_of
 from quantkit.model.skeleton import Skeleton, tied_otherwise
+from quantkit.progress import SILENT, Progress
 from quantkit.run.config_check import check_config, check_token_ids
 from quantkit.run.coverage_check import check_folder_coverage
 from quantkit.run.engine_check import check_engine
@@ -26,7 +27,6 @@ from quantkit.run.file_sums import check_sums
 from quantkit.run.gguf_source import find_gguf
 from quantkit.run.gguf_source.verify import check_gguf
 from quantkit.run.plan import locate
-from quantkit.run.progress import SILENT, Progress
 from quantkit.run.quantization_check import check_plain, check_quantization, stored_weight
 from quantkit.run.quantized import Dequantized, QuantizedCheckpoint, dequantized, open_quantized, open_source
 from quantkit.run.source_check import Rules, SourceCheck, told_manifest

@@ -16,14 +16,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own line or from lines above; the plugin folders of one
 # line never import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "progress", "table"),
     ("registry", "resources", "schemes", "tensors", "numerics"),
     ("checkpoint",),
     ("model", "calibrate", "gguf"),
     ("protocols",),
     ("transforms", "methods", "allocate", "formats"),
     ("recipe",),
-    ("run", "evaluate", "hub"),
+    ("evaluate",),
+    ("hub",),
+    ("run",),
     ("cli",),
 )
 PLUGINS = frozenset(LAYERS[5])

@@ -18,8 +18,8 @@ from quantkit.errors import NumericsError, QuantkitError, UnsupportedError
 from quantkit.gguf import imatrix
 from quantkit.gguf.imatrix import Imatrix
 from quantkit.model.runtime import Runtime
+from quantkit.progress import BlockInfo, Silent
 from quantkit.run.calibrate import collect_imatrix, merge_imatrix, store_of
-from quantkit.run.progress import BlockInfo, Silent
 from quantkit.run.store import RunStore
 from tests.e2e.conftest import write_tokenizer
 from tests.models import save_tiny

@@ -13,6 +13,9 @@ from torch import Tensor
 from quantkit.gguf.architectures.families import Family
 from quantkit.gguf.container import Value
 
+# tensors that no checkpoint has
+DIVISORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+GENERATED = (DIVISORS, LONG, SHORT)
 _FAST, _SLOW = 32.0, 1.0  # turns in the original context between which YaRN passes over, in llama.cpp
 
 
@@ -111,15 +114,12 @@ class Rope:
         """Tensors that divide the frequencies, fp32 (dims / 2,)."""
         p = self.parameters
         if self.kind == "longrope":
-            factors = {"long": p["long_factor"], "short": p["short_factor"]}
-            return {
-                f"rope_factors_{name}.weight": torch.tensor(values, dtype=torch.float32)
-                for name, values in factors.items()
-            }
+            factors = {LONG: p["long_factor"], SHORT: p["short_factor"]}
+            return {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
         if self.kind != "llama3":
             return {}
         low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
         exponents = torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims
         turns = self.original / (2 * math.pi * self.theta**exponents)
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        return {"rope_freqs.weight": (1 / ((1 - smooth) / self.factor + smooth)).to(torch.float32)}
+        return {DIVISORS: (1 / ((1 - smooth) / self.factor + smooth)).to(torch.float32)}

@@ -12,8 +12,8 @@ from quantkit.errors import VerifyError
 from quantkit.hub.listing import Listed
 from quantkit.hub.manifest import FileSum
 from quantkit.hub.push.publication import Item
+from quantkit.progress import SILENT, Progress
 from quantkit.recipe.sizes import format_size
-from quantkit.run.progress import SILENT, Progress
 
 Change = Literal["new", "replace", "same", "untouched", "delete"]
 MAKE_ANEW = "run quantkit convert again with --on-exists replace"

@@ -13,7 +13,7 @@ from quantkit.errors import HubError
 from quantkit.hub import problems
 from quantkit.hub.push import refusals
 from quantkit.hub.push.refusals import FAILURES, Place
-from quantkit.run.progress import Progress
+from quantkit.progress import Progress
 
 T = TypeVar("T")
 TRIES = len(problems.WAITS) + 1

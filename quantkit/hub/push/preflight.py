@@ -20,7 +20,7 @@ from quantkit.hub.push.refusals import in_one_line
 from quantkit.hub.push.remote import RemoteState, look
 from quantkit.hub.push.session import Session
 from quantkit.recipe.sizes import format_size
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 _TOO_LARGE = 500 * 10**9
 _PER_FOLDER = 10_000

@@ -22,8 +22,8 @@ from quantkit.hub.push.refusals import Place, distinct, in_one_line
 from quantkit.hub.push.remote import RemoteState, ensure, is_private, look, read_tag
 from quantkit.hub.push.session import Card, Options, Session
 from quantkit.hub.push.upload import Done, Upload
-from quantkit.run.progress import SILENT, Progress
-from quantkit.run.table import Table
+from quantkit.progress import SILENT, Progress
+from quantkit.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 from quantkit import __version__
 from quantkit.checkpoint.atomic import write_text
 from quantkit.errors import RunError
-from quantkit.run.progress import Progress
+from quantkit.progress import Progress
 
 SCHEMA = "quantkit/publish/1"
 RECORD = "publish.json"

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd
 
-from quantkit.run.progress import Progress
+from quantkit.progress import Progress
 
 Tell = Callable[[int], None]
 

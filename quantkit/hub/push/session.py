@@ -18,7 +18,7 @@ from quantkit.hub.push.publication import Publication
 from quantkit.hub.push.record import Record
 from quantkit.hub.push.refusals import Place
 from quantkit.hub.push.remote import RemoteState
-from quantkit.run.progress import Progress
+from quantkit.progress import Progress
 
 # README.md and the files it shows, by path in the repository
 Card = Callable[[Publication, RemoteState], Mapping[str, bytes]]

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from quantkit.checkpoint import header_file
 from quantkit.errors import SourceError
-from quantkit.gguf.files import NO_MODEL, SHARD
-
-SUFFIX = ".gguf"
+from quantkit.gguf.files import NO_MODEL, SHARD, SUFFIX
 
 
 def find_gguf(path: Path) -> Path | None:

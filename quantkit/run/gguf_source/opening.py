@@ -14,13 +14,13 @@ from quantkit.checkpoint import folder
 from quantkit.checkpoint.reader import Checkpoint, TensorInfo
 from quantkit.errors import SourceError
 from quantkit.gguf.architectures import Model
+from quantkit.gguf.architectures.rope import GENERATED
 from quantkit.gguf.container import Opened, open_file
 from quantkit.model.build import build_graph
 from quantkit.model.skeleton import config_of, meta_model
 from quantkit.run.gguf_source.config import Described, config_from_metadata
 from quantkit.run.gguf_source.keys import Keys
 from quantkit.run.gguf_source.placed import disk_shapes, pieces
-from quantkit.run.gguf_source.rope import GENERATED
 from quantkit.run.gguf_source.view import GgufCheckpoint, TokenizerFolder, decode, infos
 
 

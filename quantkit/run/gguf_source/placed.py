@@ -12,8 +12,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit.errors import SourceError
 from quantkit.gguf.architectures import Placed
+from quantkit.gguf.architectures.rope import GENERATED
 from quantkit.model.graph import ModelGraph
-from quantkit.run.gguf_source.rope import GENERATED
 
 _EXPERT = re.compile(r"(?P<name>.+)\[(?P<expert>\d+)\]")
 # divisors of rotary frequencies belong to the configuration; a head may be an embedding a second time

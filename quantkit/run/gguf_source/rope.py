@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import UnsupportedError
+from quantkit.gguf.architectures.rope import DIVISORS, LONG, SHORT
 from quantkit.run.gguf_source.keys import Keys
 
-DIVISORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-GENERATED = (DIVISORS, LONG, SHORT)
 _ORIGINAL = "original_max_position_embeddings"
 _TOLERANCE = 1e-5
 

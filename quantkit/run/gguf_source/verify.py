@@ -12,12 +12,12 @@ from quantkit.gguf.container import Opened, open_file
 from quantkit.gguf.types import TYPES
 from quantkit.gguf.vocabulary import reference
 from quantkit.hub.manifest import MANIFEST
+from quantkit.progress import Progress
 from quantkit.run.coverage_check import check_gguf_coverage
 from quantkit.run.gguf_source.metadata_check import check_counts, check_metadata
 from quantkit.run.gguf_source.opening import open_gguf, tokenizer_folder
 from quantkit.run.gguf_source.view import FLOATS, GgufCheckpoint
 from quantkit.run.llama_tokens import llama_differences
-from quantkit.run.progress import Progress
 from quantkit.run.source_check import Rules, SourceCheck, told_manifest
 from quantkit.run.tokenizer_check import check_template
 from quantkit.run.verification import Verification, floats_of, nonfinite

@@ -15,7 +15,7 @@ import yaml
 from quantkit import __version__
 from quantkit.errors import Interrupted, UnsupportedError
 from quantkit.recipe.load import load_recipe
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 
 @pytest.fixture

@@ -55,8 +55,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "quantkit",
         "quantkit.recipe.spec",
         "quantkit.recipe.shorthand",
-        "quantkit.run.progress",
-        "quantkit.run.table",
+        "quantkit.progress",
+        "quantkit.table",
     ],
 )
 def test_imports_are_cheap(module: str) -> None:

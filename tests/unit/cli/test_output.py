@@ -11,7 +11,7 @@ import pytest
 from quantkit.cli.logs import masked, set_up
 from quantkit.cli.output import Output, plain, to_json
 from quantkit.errors import UsageError
-from quantkit.run.table import Table
+from quantkit.table import Table
 
 TABLE = Table("title", ("name", "size"), (("a", "10 GB"), ("long", "[1]")), ("a note",), ("too big",))
 

@@ -20,7 +20,7 @@ from quantkit.cli.progress import (
     clock,
     eta_text,
 )
-from quantkit.run.progress import SILENT, BlockError, BlockInfo, Eta, Progress, Rate
+from quantkit.progress import SILENT, BlockError, BlockInfo, Eta, Progress, Rate
 
 INFO = BlockInfo(2.0, 100, {"a": BlockError(0.001, 0.01, "down_proj")}, 9_800_000_000, 1_000_000, 2)
 

@@ -13,8 +13,8 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.hub.push.record import RECORD, Entry, Record
+from quantkit.progress import SILENT
 from quantkit.recipe.spec import Publish
-from quantkit.run.progress import SILENT
 from tests.elsewhere import STOPPED, before, begin, hurry, picture, turning_points
 from tests.hubserver import HubServer
 from tests.hubserver.client import SENDS_FILES

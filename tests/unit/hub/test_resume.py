@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, constants, file_download
 
 from quantkit.errors import BudgetError
 from quantkit.hub import problems, resume
-from quantkit.run.progress import Silent
+from quantkit.progress import Silent
 from tests.downloads import ALICE, fetched, head, refused
 from tests.hubserver import Fault, HubServer
 

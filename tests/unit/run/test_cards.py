@@ -9,9 +9,9 @@ import pytest
 from quantkit.calibrate import chat
 from quantkit.hub.push.publication import publications
 from quantkit.hub.push.remote import RemoteState
+from quantkit.progress import Silent
 from quantkit.recipe.spec import Publish
 from quantkit.run.cards import Cards, _own_card
-from quantkit.run.progress import Silent
 from tests.cards import LICENCE
 from tests.gguf_files import byte_tokenizer
 from tests.models import save_tiny

@@ -20,9 +20,9 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import UsageError
 from quantkit.evaluate.engines import Answer, Request
 from quantkit.hub.manifest import Check, read_checks
+from quantkit.progress import Silent
 from quantkit.run import budget, engine_check, engine_choice
 from quantkit.run.engine_check import TOKENS, check_engine, check_target, own_logits
-from quantkit.run.progress import Silent
 from quantkit.run.quantized import open_source
 from tests.gguf_files import byte_tokenizer, write_gguf
 from tests.models import save_tiny, tiny_model

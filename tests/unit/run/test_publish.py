@@ -15,12 +15,12 @@ from quantkit.hub.licences import Licence
 from quantkit.hub.manifest import Origin
 from quantkit.hub.push.publication import Publication, publications
 from quantkit.hub.push.remote import RemoteState
+from quantkit.progress import SILENT
 from quantkit.recipe.shorthand import parse_targets
 from quantkit.recipe.spec import Eval, Publish, Recipe
 from quantkit.run import publish as publishing
 from quantkit.run.cards import Cards
 from quantkit.run.plan import plan
-from quantkit.run.progress import SILENT
 from tests.cards import LICENCE
 from tests.gguf_files import byte_tokenizer
 from tests.hubserver import Fault, HubServer
