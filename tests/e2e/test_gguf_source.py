@@ -197,7 +197,7 @@ def test_verify_finds_what_is_wrong(source: Path, small: Path, tmp_path: Path) -
     assert "does not fit its configuration" in verify(small, against=str(other)).problems[0]
     wild = damaged(small, tmp_path / "wild.gguf", "blk.1.ffn_up.weight", 6e4)
     found = verify(wild, against=str(source))
-    assert found.problems == ["`model.layers.1.mlp.up_proj.weight` have nothing in common with the source's"]
+    assert found.problems == ["`model.layers.1.mlp.up_proj.weight` has nothing in common with the source's"]
 
 
 def test_verify_finds_other_tokens(source: Path, small: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit import Rule
+from quantkit.run.engine_check import check_engine
 from quantkit.run.streams import sha256_file
 from quantkit.run.verification import Verification
 from tests.models import save_tiny
@@ -122,7 +123,7 @@ def test_a_damaged_scale_is_read_alike_and_seen_beside_the_source(made: Path, tm
     alone = quantkit.verify(folder)
     assert alone.sound and alone.engines[0].problem is None, "both say what is written there"
     beside = quantkit.verify(folder, against="demo", engine=False)
-    assert "`model.layers.2.self_attn.k_proj.weight` have nothing in common" in beside.problems[0]
+    assert "`model.layers.2.self_attn.k_proj.weight` has nothing in common" in beside.problems[0]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_damaged_scale_is_read_alike_and_seen_beside_the_source(made: Path, tm
 def test_a_config_that_the_engine_reads_otherwise(
     target: str, packages: tuple[str, ...], made: Path, tmp_path: Path
 ) -> None:
-    """A weight that the config excepts: quantkit reads the codes that are there, the engine wants floats."""
+    """A weight that the config excepts: quantkit finds codes there and says so, the engine wants floats."""
     need(packages)
 
     def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -141,7 +142,10 @@ def test_a_config_that_the_engine_reads_otherwise(
         stated[key] = [*(stated[key] or []), "model.layers.2.self_attn.k_proj"]
 
     folder = changed(folder_of(made, target), tmp_path / "excepted", change)
-    assert "Transformers found tensors that" in problem_of(quantkit.verify(folder))
+    (problem,) = quantkit.verify(folder).problems
+    assert "names 'model.layers.2.self_attn.k_proj', but" in problem
+    (check,) = check_engine(folder).checks
+    assert check.problem is not None and "Transformers found tensors that" in check.problem
 
 
 def test_weights_that_the_engine_decodes_otherwise(tmp_path: Path) -> None:
