@@ -348,7 +348,7 @@ def test_each_file_that_is_whole_is_progress(
     hub.faults += [Fault(f"GET /cdn/.*/{name}", "drop", times=i) for i, name in enumerate(names, start=1)]
     path = fetched("org/five", hub, cache).path
     assert [(path / name).read_bytes() for name in names] == list(files.values())
-    assert len(sleeps) == 5
+    assert len(sleeps) >= 5 and sleeps.count(1.0) > 1, "waits begin anew; files race, so how often varies"
 
 
 def test_where_there_are_no_links(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
