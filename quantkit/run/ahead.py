@@ -7,7 +7,6 @@ would stop a push once the night is over can be said before it begins.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from quantkit.hub.push.session import Session
 from quantkit.recipe.plan import TargetPlan
 from quantkit.recipe.spec import Publish
 from quantkit.run.gguf_file import GgufFile
-from quantkit.run.manifest import recipe_text, versions
+from quantkit.run.manifest import recipe_text, settings, versions
 from quantkit.run.plan import Plan
 
 Verdict = Literal["same", "differs", "unknown"]
@@ -107,13 +106,7 @@ def _manifest(made: Plan, target: TargetPlan, source: Origin) -> Manifest:
         source=source,
         quality=(),
         calibration=None,
-        made={
-            "options": dict(asked.options),
-            "feedback": asked.feedback,
-            "transforms": [dataclasses.asdict(transform) for transform in asked.transforms],
-            "kv_cache": asked.kv_cache,
-            "mix": dict(asked.mix),
-        },
+        made=settings(asked),
         kept=(),
         engines=(),
         notes=(),

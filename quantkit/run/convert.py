@@ -26,7 +26,7 @@ from quantkit.run.export import Exporter, free_or_ours, to_json_text
 from quantkit.run.files import parameters
 from quantkit.run.gguf_file import GgufFile
 from quantkit.run.gguf_source import tokenizer_folder
-from quantkit.run.manifest import kept_beside, kept_inside, origin, recipe_text, versions
+from quantkit.run.manifest import kept_beside, kept_inside, origin, recipe_text, settings, versions
 from quantkit.run.measure import measure
 from quantkit.run.plan import Plan, plan
 from quantkit.run.quantize import TensorMetrics
@@ -230,11 +230,7 @@ class _Run:
             quality=report.quality,
             calibration=self._calibration_json() if target.calibrated else None,
             made={
-                "options": dict(asked.options),
-                "feedback": asked.feedback,
-                "transforms": [dataclasses.asdict(transform) for transform in asked.transforms],
-                "kv_cache": asked.kv_cache,
-                "mix": dict(asked.mix),
+                **settings(asked),
                 "device": self._device.type,
                 "dtype": str(self._dtype).removeprefix("torch."),
             },

@@ -65,6 +65,17 @@ def recipe_text(recipe: Recipe, target: Target, source: Source) -> str:
     return dump(anonymous(dataclasses.replace(recipe, targets=(target,)), name))
 
 
+def settings(target: Target) -> dict[str, object]:
+    """What a target was asked to be made with."""
+    return {
+        "options": dict(target.options),
+        "feedback": target.feedback,
+        "transforms": [dataclasses.asdict(transform) for transform in target.transforms],
+        "kv_cache": target.kv_cache,
+        "mix": dict(target.mix),
+    }
+
+
 def versions() -> Mapping[str, str]:
     """The packages that compute, those that are installed."""
     found = {}
