@@ -19,9 +19,9 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import SourceError, UnsupportedError
 from quantkit.hub.manifest import Manifest, find_manifest
 from quantkit.model.graph import Rows, Vector
+from quantkit.numerics.followed import Compared, compare_matrices, follows, goes_along
 from quantkit.run.foldable import Foldable, foldable_in
 from quantkit.run.folded import matrix_of
-from quantkit.run.followed import Compared, compare_matrices, follows, goes_along
 from quantkit.run.kept_check import compare_kept
 from quantkit.run.verification import Difference, Verification, listed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkit.run.followed import compare_matrices, follows, goes_along
+from quantkit.numerics.followed import compare_matrices, follows, goes_along
 
 W = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
 BY = torch.tensor([2.0, 0.5])
